@@ -1,0 +1,18 @@
+"""Add one callback to a Lightning Trainer and the trained network knows how sure it is."""
+
+import logging
+
+from .callback import ELLACallback
+from .fit import Settings, fit_ella
+from .likelihoods import ClassPrediction
+from .predictor import ELLAPredictor
+
+__version__ = "0.1.0"
+__all__ = ["ClassPrediction", "ELLACallback", "ELLAPredictor", "Settings", "fit_ella"]
+
+# What was chosen and why is worth reading, as Lightning's own lines are: shown unless the user configured logging.
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.INFO)
+if not logging.root.hasHandlers():
+    _log.addHandler(logging.StreamHandler())
+    _log.propagate = False

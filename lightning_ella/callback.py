@@ -1,0 +1,301 @@
+"""Lightning in, Lightning out: hooks, loaders, loggers, checkpoints. No maths."""
+
+import copy
+import functools
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+from .data import Points, Unpack, inputs_and_targets
+from .fit import Fit, Progress, Settings, check, run
+from .linearize import Forward, call, num_samples
+from .predictor import ELLAPredictor
+
+log = logging.getLogger(__name__)
+
+
+class ELLACallback(Callback):
+    """Turn the network into a Bayesian predictor when `fit` ends.
+
+    Training is not touched, and afterwards the module is as it would have been. The posterior is on
+    `callback.predictor` and `module.ella`, its file beside the checkpoints, its figures in `trainer.callback_metrics`
+    and in every logger. For a network that is trained already, fit with `max_epochs=0`.
+
+    The training points come from, in this order: `train_loader`, the datamodule's or module's
+    `ella_train_dataloader()`, the training loader's dataset (with the augmentation that it has). The unseen points
+    that the scales are chosen on come from `calibration_loader`, `ella_calibration_dataloader()`, or the
+    first validation loader. Batches pass through the module's batch-transfer hooks.
+
+    Args:
+        likelihood: what the network's outputs mean.
+        weights: "last", the weights that the module has when training ends, EMA or SWA included; or "best", those of
+            the best checkpoint, in a copy of the network that the predictor keeps: the module keeps the last ones.
+        train_loader: the training data without augmentation.
+        calibration_loader: data that the network has never seen.
+        path: where the posterior is saved; `ella.safetensors` beside the checkpoints by default.
+        unpack: maps a batch to `(inputs, targets)`; by default batches are such pairs.
+        forward: maps `(module, inputs)` to logits (B, C); `module(inputs)` by default.
+        **settings: numbers and names of the method, see `Settings`.
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> ella = ELLACallback(num_landmarks=2000, rank=20)
+        >>> trainer = Trainer(callbacks=[ella])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        likelihood: str = "classification",
+        *,
+        weights: Literal["last", "best"] = "last",
+        train_loader: DataLoader | None = None,
+        calibration_loader: DataLoader | None = None,
+        path: str | Path | None = None,
+        unpack: Unpack = inputs_and_targets,
+        forward: Forward = call,
+        **settings: Any,
+    ):
+        if weights not in ("last", "best"):
+            raise ValueError(f"weights={weights!r} is not one of 'last', 'best'.")
+        for loader in (train_loader, calibration_loader):
+            if loader is not None:
+                Points(loader)
+        self.settings = Settings(likelihood=likelihood, **settings)
+        self.weights = weights
+        self.train_loader, self.calibration_loader = train_loader, calibration_loader
+        self.path = path
+        self.unpack, self.forward = unpack, forward
+        self.predictor: ELLAPredictor | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before training."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                f"ELLA needs whole parameters on each device, but {type(trainer.strategy).__name__} shards them: "
+                "fit ELLA afterwards from the checkpoint, with Trainer(devices=1, max_epochs=0)."
+            )
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"ELLA runs on one device so far, not on {trainer.world_size}: leave the callback out, and fit "
+                "it afterwards from the checkpoint, with Trainer(devices=1, max_epochs=0)."
+            )
+        if self.weights == "best" and not any(
+            isinstance(callback, ModelCheckpoint) and callback.monitor for callback in trainer.checkpoint_callbacks
+        ):
+            raise ValueError(
+                "weights='best' needs to know what is best: add ModelCheckpoint(monitor='val_loss') to the callbacks."
+            )
+        if not isinstance(getattr(pl_module, "ella", None), ELLAPredictor | None):
+            raise ValueError(
+                f"{type(pl_module).__name__} has an attribute `ella` of its own, where the predictor would go: rename it."
+            )
+        if not any(parameter.requires_grad for parameter in pl_module.parameters()) and trainer.max_epochs != 0:
+            raise ValueError(
+                "no parameter of the module has requires_grad=True: there is nothing to be uncertain about."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try data and network on a few points, so that what would fail after training fails before."""
+        with isolate_rng(), self._validating(trainer):
+            train, _ = self._train_loader(trainer)
+            settings = _fitting(self.settings, trainer, train)
+            check(pl_module, train, settings, unpack=self._unpack(trainer), forward=self.forward)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fit the posterior, attach it, write it and log it."""
+        home = pl_module.device
+        network = self._network(trainer, pl_module)
+        with isolate_rng(), self._validating(trainer):
+            train, train_name = self._train_loader(trainer)
+            calibration, calibration_name = self._calibration_loader(trainer)
+            log.info(
+                "ELLA: fitting on %s, calibrating on %s, at the %s weights.",
+                train_name,
+                calibration_name,
+                self.weights,
+            )
+            try:
+                network.to(trainer.strategy.root_device)
+                fit = run(
+                    network,
+                    train,
+                    calibration,
+                    _fitting(self.settings, trainer, train),
+                    unpack=self._unpack(trainer),
+                    forward=self.forward,
+                    progress=_bars(trainer),
+                )
+            finally:
+                network.to(home)
+        self.predictor = fit.predictor
+        if network is not pl_module:
+            fit.predictor.register_forward_pre_hook(functools.partial(_follow, pl_module))
+        # Registered as a submodule it would enter the user's state_dict and break a later strict load.
+        object.__setattr__(pl_module, "ella", fit.predictor)
+        self._report(trainer, fit)
+
+    def _network(self, trainer: Trainer, pl_module: LightningModule) -> LightningModule:
+        if self.weights == "last":
+            return pl_module
+        monitored = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+        path = next((callback.best_model_path for callback in monitored if callback.best_model_path), None)
+        if path is None:
+            raise ValueError(
+                "weights='best', but no checkpoint has been written: train for an epoch at least, or pass weights='last'."
+            )
+        best = copy.deepcopy(pl_module)
+        best.load_state_dict(trainer.strategy.load_checkpoint(path, weights_only=False)["state_dict"])
+        return best
+
+    def _train_loader(self, trainer: Trainer) -> tuple[DataLoader, str]:
+        found = self._given(trainer, self.train_loader, "train_loader", "ella_train_dataloader")
+        if found is None:
+            trainer.fit_loop.setup_data()
+            found = trainer.train_dataloader, "the training data (with their augmentation, if any)"
+        return _only(found[0], "train_loader"), found[1]
+
+    def _calibration_loader(self, trainer: Trainer) -> tuple[DataLoader | None, str]:
+        found = self._given(trainer, self.calibration_loader, "calibration_loader", "ella_calibration_dataloader")
+        if found is not None:
+            return found
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        loaders = trainer.val_dataloaders
+        if loaders is None or loaders == []:
+            return None, "nothing"
+        if isinstance(loaders, list):
+            return _only(loaders[0], "calibration_loader"), f"the first of {len(loaders)} validation loaders"
+        return _only(loaders, "calibration_loader"), "the validation data"
+
+    @staticmethod
+    def _given(trainer: Trainer, argument: DataLoader | None, name: str, method: str):
+        """The loader that the user gave, and its name: the argument, else the method of datamodule or module."""
+        if argument is not None:
+            return argument, f"the data of {name}"
+        for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+            if callable(getattr(owner, method, None)):
+                return getattr(owner, method)(), f"the data of {type(owner).__name__}.{method}()"
+        return None
+
+    def _unpack(self, trainer: Trainer) -> Unpack:
+        """The user's `unpack`, after the module's transfer hooks and the precision plugin as in a training step."""
+
+        def unpack(batch):
+            inputs, targets = self.unpack(trainer.strategy.batch_to_device(batch))
+            return trainer.precision_plugin.convert_input(inputs), targets
+
+        return unpack
+
+    @staticmethod
+    @contextmanager
+    def _validating(trainer: Trainer) -> Iterator[None]:
+        """Augmentation in `on_after_batch_transfer` asks `trainer.training`; let it hear no."""
+        stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING
+        try:
+            yield
+        finally:
+            trainer.state.stage = stage
+
+    def _report(self, trainer: Trainer, fit: Fit) -> None:
+        figures = fit.figures
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+        if not _fast_dev_run(trainer):
+            log.info("ELLA: the posterior is in %s", fit.predictor.save(self._path(trainer)))
+        log.info(
+            "ELLA: prior variance %.3g, covariance scale %.3g, %.0f s.%s",
+            figures["ella/prior_variance"],
+            figures["ella/covariance_scale"],
+            figures["ella/seconds"],
+            f" On {fit.num_calibration} calibration points NLL {figures['map/nll']:.4f} -> {figures['ella/nll']:.4f}, "
+            f"ECE {figures['map/ece']:.4f} -> {figures['ella/ece']:.4f}."
+            if fit.num_calibration
+            else "",
+        )
+
+    def _path(self, trainer: Trainer) -> Path:
+        if self.path is not None:
+            return Path(self.path)
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
+        return Path(folder) / "ella.safetensors"
+
+
+def _only(loader: Any, argument: str) -> DataLoader:
+    if loader is None:
+        raise ValueError(f"the trainer has no such data: pass {argument}= to ELLACallback.")
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"ELLA needs one DataLoader, but the trainer has a {type(loader).__name__} of them: "
+            f"pass {argument}= to ELLACallback."
+        )
+    return loader
+
+
+def _fitting(settings: Settings, trainer: Trainer, train: DataLoader) -> Settings:
+    """Under `fast_dev_run`, no more points than a quick look at the pipeline needs."""
+    if not _fast_dev_run(trainer):
+        return settings
+    few = min(8, len(Points(train)))
+    return settings.limited(num_landmarks=few, num_curvature=few, num_calibration=few, rank=min(2, few))
+
+
+def _fast_dev_run(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))  # set where type checkers do not see it
+
+
+def _follow(leader: LightningModule, predictor: torch.nn.Module, _: Any) -> None:
+    """The copy with the best weights moves with the user's module. Untested on more than the CPU."""
+    predictor.to(leader.device)
+
+
+def _bars(trainer: Trainer) -> Progress:
+    """A bar a stage, drawn by whatever draws the trainer's own."""
+    bar = trainer.progress_bar_callback
+
+    def silent(batches: Iterable, description: str, total: int) -> Iterable:
+        return batches
+
+    def with_tqdm(batches: Iterable, description: str, total: int) -> Iterator:
+        with Tqdm(total=total, desc=description, unit="point", dynamic_ncols=True, file=sys.stdout) as line:
+            for batch in batches:
+                yield batch
+                line.update(num_samples(batch[0]))
+
+    def with_rich(batches: Iterable, description: str, total: int) -> Iterator:
+        with _rich_display(trainer, bar) as display:
+            task = display.add_task(description, total=total)
+            for batch in batches:
+                yield batch
+                display.update(task, advance=num_samples(batch[0]), refresh=True)
+
+    if bar is None or getattr(bar, "is_disabled", False):
+        return silent
+    return with_rich if isinstance(bar, RichProgressBar) else with_tqdm
+
+
+@contextmanager
+def _rich_display(trainer: Trainer, bar: Any) -> Iterator[Any]:
+    """The display that the trainer's bar is drawn on, or one like it where it has been stopped or never started."""
+    from rich.progress import Progress as RichProgress
+
+    if bar.progress is not None and bar.progress.live.is_started:
+        yield bar.progress
+    else:
+        with RichProgress(*bar.configure_columns(trainer)) as display:
+            yield display

@@ -1,0 +1,299 @@
+"""The pipeline: landmarks → basis → curvature → calibration → predictor."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .basis import nystrom_basis, unflatten
+from .curvature import curvature
+from .data import Points, Unpack, draw, inputs_and_targets, seeded
+from .landmarks import LANDMARKS, Landmarks
+from .likelihoods import LIKELIHOODS, Gaussian, Likelihood
+from .linearize import Forward, Linearization, as_function, call, num_samples
+from .posterior import Posterior, calibrate
+from .predictor import ELLAPredictor, standard_normal
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[Iterable, str, int], Iterable]  # (batches, what is done, how many points) -> batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a fit depends on, apart from the network and the data.
+
+    Attributes:
+        likelihood: what the network's outputs mean: "classification".
+        num_landmarks: M, training inputs that the kernel is approximated from, one output of each.
+        rank: K, directions of the kernel that are kept.
+        landmarks: how the landmarks are drawn: "class-balanced" or "uniform".
+        num_curvature: n, training points that the curvature is estimated from; None takes all.
+        num_calibration: unseen points that the scales are chosen on, at most; None takes all.
+        prior_variance: σ₀²; None chooses it on unseen points.
+        covariance_scale: multiplier of the posterior covariance; None chooses it on unseen points.
+        predictive: how probabilities are averaged over the posterior: "mc", "probit" or "bridge".
+        num_samples: Monte Carlo draws S.
+        samples_per_chunk: inputs that go through the network at a time.
+        tangents_per_chunk: tangents that go through it at a time.
+        seed: fixes landmarks, chosen points and Monte Carlo draws.
+
+    Raises:
+        ValueError: if a setting is out of range, or no such name exists.
+    """
+
+    likelihood: str = "classification"
+    num_landmarks: int = 2000
+    rank: int = 20
+    landmarks: str = "class-balanced"
+    num_curvature: int | None = 2000
+    num_calibration: int | None = 5000
+    prior_variance: float | None = None
+    covariance_scale: float | None = None
+    predictive: str = "mc"
+    num_samples: int = 512
+    samples_per_chunk: int = 16
+    tangents_per_chunk: int = 20
+    seed: int = 0
+
+    def __post_init__(self):
+        _one_of("likelihood", self.likelihood, LIKELIHOODS)
+        _one_of("landmarks", self.landmarks, LANDMARKS)
+        _one_of("predictive", self.predictive, LIKELIHOODS[self.likelihood].predictives)
+        for name in ("num_landmarks", "rank", "num_samples", "samples_per_chunk", "tangents_per_chunk"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("num_curvature", "num_calibration"):
+            if getattr(self, name) is not None:
+                _at_least_one(name, getattr(self, name))
+        for name in ("prior_variance", "covariance_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value!r} must be a positive number, or None to choose it on unseen points.")
+        if self.rank > self.num_landmarks:
+            raise ValueError(
+                f"rank={self.rank} is more than num_landmarks={self.num_landmarks} can span: "
+                f"pass rank={self.num_landmarks} or less, or more landmarks."
+            )
+
+    def limited(self, **limits: int) -> "Settings":
+        """These settings, with none of the named numbers above its limit (None counts as above)."""
+        return replace(
+            self,
+            **{n: limit if getattr(self, n) is None else min(limit, getattr(self, n)) for n, limit in limits.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A predictor, and what the fit found out on the way."""
+
+    predictor: ELLAPredictor
+    figures: dict[str, float]  # "map/nll", "ella/nll", …, "ella/prior_variance", "ella/seconds"
+    num_calibration: int  # unseen points that the figures are of
+
+
+def fit_ella(
+    model: nn.Module,
+    train_loader: DataLoader,
+    calibration_loader: DataLoader | None = None,
+    likelihood: str = "classification",
+    *,
+    unpack: Unpack = inputs_and_targets,
+    forward: Forward = call,
+    **settings: Any,
+) -> ELLAPredictor:
+    """Turn a trained network into a Bayesian predictor (ELLA, Deng, Zhou and Zhu, NeurIPS 2022).
+
+    The network itself is not changed: weights, modes, gradients and device stay as they are.
+
+    Args:
+        model: a trained network on the device where the work is to be done.
+        train_loader: the data that it was trained on, without augmentation.
+        calibration_loader: data that it has never seen, to choose the prior variance and the covariance scale on.
+        likelihood: what the outputs mean.
+        unpack: maps a batch to `(inputs, targets)`; by default batches are such pairs.
+        forward: maps `(model, inputs)` to logits (B, C); `model(inputs)` by default.
+        **settings: see `Settings`.
+
+    Raises:
+        ValueError, TypeError: if the network, the data or a setting cannot be used; the message names the fix.
+    """
+    chosen = Settings(likelihood=likelihood, **settings)
+    return run(model, train_loader, calibration_loader, chosen, unpack=unpack, forward=forward).predictor
+
+
+def run(
+    model: nn.Module,
+    train_loader: DataLoader,
+    calibration_loader: DataLoader | None,
+    settings: Settings,
+    *,
+    unpack: Unpack = inputs_and_targets,
+    forward: Forward = call,
+    progress: Progress | None = None,
+) -> Fit:
+    """As `fit_ella`, and report figures and progress."""
+    started = time.perf_counter()
+    progress = progress or _tqdm
+    with seeded(settings.seed), as_function(model):
+        linearization = linearize(model, forward, settings)
+        likelihood = LIKELIHOODS[settings.likelihood]()
+        generator = torch.Generator().manual_seed(settings.seed)
+        train = Points(train_loader, unpack)
+        num_outputs = _check(linearization, train, settings)
+
+        landmarks = LANDMARKS[settings.landmarks](train, settings.num_landmarks, num_outputs, generator)
+        rows = torch.cat(list(_gradients(linearization, train, landmarks, progress)))
+        vectors, eigenvalues = nystrom_basis(rows, settings.rank)
+        basis = unflatten(vectors, linearization.parameters)
+        del rows, vectors
+
+        def visit(points: Points, count: int | None, description: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            """Yield logits, features and targets of `count` of the `points`."""
+            numbers = draw(count, len(points), generator)
+            batches = points.batches(numbers, linearization.device)
+            for inputs, targets in progress(batches, description, len(numbers)):
+                yield *linearization.features(inputs, basis), targets
+
+        hessian = curvature(visit(train, settings.num_curvature, "ELLA curvature"), likelihood, len(train))
+        draws = standard_normal(settings.num_samples, len(hessian), settings.seed).to(hessian.device)
+        figures, count = {}, 0
+        if calibration_loader is None:
+            posterior = _given(hessian, settings)
+        else:
+            held_out = visit(Points(calibration_loader, unpack), settings.num_calibration, "ELLA calibration")
+            logits, features, targets = (torch.cat(parts) for parts in zip(*held_out, strict=True))
+            likelihood.check(logits, targets)
+            draws = draws.to(features.dtype)
+            posterior = calibrate(
+                logits,
+                features,
+                targets,
+                hessian,
+                likelihood,
+                predictive=settings.predictive,
+                draws=draws,
+                prior_variance=settings.prior_variance,
+                covariance_scale=settings.covariance_scale,
+            )
+            factor = features @ posterior.root().to(features.dtype)
+            figures = _scores(likelihood, Gaussian(logits, factor, draws), targets, settings.predictive)
+            count = len(targets)
+
+        predictor = ELLAPredictor(
+            model,
+            basis=basis,
+            eigenvalues=eigenvalues,
+            curvature=hessian,
+            prior_variance=posterior.prior_variance,
+            covariance_scale=posterior.covariance_scale,
+            forward=forward,
+            settings=asdict(settings),
+        )
+    figures |= {
+        "ella/prior_variance": float(posterior.prior_variance),
+        "ella/covariance_scale": float(posterior.covariance_scale),
+        "ella/seconds": time.perf_counter() - started,
+        **{f"ella/eigenvalue_{k:02d}": value for k, value in enumerate(eigenvalues.tolist())},
+    }
+    return Fit(predictor, figures, count)
+
+
+def check(
+    model: nn.Module,
+    train_loader: DataLoader,
+    settings: Settings,
+    *,
+    unpack: Unpack = inputs_and_targets,
+    forward: Forward = call,
+) -> None:
+    """Find out, from a few points, whether a fit can work; raise an error that names the fix if not."""
+    with seeded(settings.seed), as_function(model):
+        _check(linearize(model, forward, settings), Points(train_loader, unpack), settings)
+
+
+def linearize(model: nn.Module, forward: Forward, settings: Settings) -> Linearization:
+    """Linearise `model` as `settings` say."""
+    return Linearization(
+        model,
+        forward,
+        samples_per_chunk=settings.samples_per_chunk,
+        tangents_per_chunk=settings.tangents_per_chunk,
+    )
+
+
+def _check(linearization: Linearization, train: Points, settings: Settings) -> int:
+    """Return C, the number of the network's outputs, if network and data can be used."""
+    if len(train) < settings.num_landmarks:
+        raise ValueError(
+            f"num_landmarks={settings.num_landmarks}, but there are only {len(train)} training points: "
+            f"pass num_landmarks={len(train)} or less."
+        )
+    inputs, targets = next(iter(train.batches([0], linearization.device)))
+    basis = {name: torch.ones_like(value).unsqueeze(0) for name, value in linearization.parameters.items()}
+    logits, _ = linearization.features(inputs, basis)
+    LIKELIHOODS[settings.likelihood]().check(logits, targets)
+    if not train.is_repeatable():
+        log.warning(
+            "ELLA: the training data look different each time (augmentation?). Pass train_loader= a loader without "
+            "augmentation, or give the datamodule an ella_train_dataloader()."
+        )
+    return logits.shape[1]
+
+
+def _gradients(
+    linearization: Linearization, train: Points, landmarks: Landmarks, progress: Progress
+) -> Iterator[Tensor]:
+    """Yield the gradient rows (B, P) of the landmarks."""
+    outputs = iter(landmarks.outputs)
+    batches = train.batches(landmarks.numbers, linearization.device)
+    for inputs, _ in progress(batches, "ELLA landmarks", len(landmarks.numbers)):
+        yield linearization.gradients(inputs, torch.stack([next(outputs) for _ in range(num_samples(inputs))]))
+
+
+def _given(hessian: Tensor, settings: Settings) -> Posterior:
+    prior, scale = settings.prior_variance or 1.0, settings.covariance_scale or 1.0
+    log.warning(
+        "ELLA: no validation data, so nothing is tuned: prior_variance=%g, covariance_scale=%g. Uncertainty is "
+        "calibrated only if these are; pass calibration_loader= or a val_dataloader of data never trained on.",
+        prior,
+        scale,
+    )
+    return Posterior(hessian, torch.tensor(prior).to(hessian), torch.tensor(scale).to(hessian))
+
+
+def _scores(likelihood: Likelihood, logits: Gaussian, targets: Tensor, predictive: str) -> dict[str, float]:
+    """Figures of the network as it was ("map/…") and of the posterior's predictive ("ella/…")."""
+    certain = Gaussian(logits.mean, torch.zeros_like(logits.factor[..., :1]), torch.zeros_like(logits.draws[:1, :1]))
+    figures = {}
+    for name, prediction in {
+        "map": likelihood.predict(certain, "mc"),
+        "ella": likelihood.predict(logits, predictive),
+    }.items():
+        metrics = likelihood.metrics(logits.mean.shape[1]).to(targets.device)
+        metrics.update(prediction.probs, targets)
+        figures |= {f"{name}/{metric}": float(value) for metric, value in metrics.compute().items()}
+    return figures
+
+
+def _tqdm(batches: Iterable, description: str, total: int) -> Iterable:
+    with tqdm(total=total, desc=description, unit="point") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(num_samples(batch[0]))
+
+
+def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}.")
+
+
+def _at_least_one(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")

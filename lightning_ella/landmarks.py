@@ -1,0 +1,60 @@
+"""Which training inputs, and which output of each, the kernel is approximated from.
+
+A rule is a function `(points, num_landmarks, num_outputs, generator) -> Landmarks`; to add one, write it and
+name it in `LANDMARKS`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from .data import Points
+
+
+class Landmarks(NamedTuple):
+    """M pairs of a training point and one of the network's outputs."""
+
+    numbers: list[int]  # M, into the training points
+    outputs: Tensor  # (M,), in [0, C)
+
+
+def uniform(points: Points, num_landmarks: int, num_outputs: int, generator: Generator) -> Landmarks:
+    """Draw inputs uniformly without replacement; the output of each uniformly."""
+    numbers = torch.randperm(len(points), generator=generator)[:num_landmarks]
+    return Landmarks(numbers.tolist(), _uniform_outputs(len(numbers), num_outputs, generator))
+
+
+def class_balanced(points: Points, num_landmarks: int, num_outputs: int, generator: Generator) -> Landmarks:
+    """Draw equally many inputs of every class; the output of each uniformly (Deng et al. 2022, section 4.1).
+
+    Classes take turns until there are enough; one that runs out leaves its turns to the others. Where the dataset has
+    no `.targets`, only four times as many points as landmarks are read for their labels.
+    """
+    order = torch.randperm(len(points), generator=generator)
+    candidates = order if points.targets is not None else order[: 4 * num_landmarks]
+    labels = points.labels(candidates.tolist())
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(
+            "landmarks='class-balanced' needs one class index a point, but the targets have the shape "
+            f"{tuple(labels.shape)} and the type {labels.dtype}: pass landmarks='uniform'."
+        )
+    turn = torch.empty_like(labels)  # how many earlier candidates are of the same class
+    for label in labels.unique():
+        same = labels == label
+        turn[same] = torch.arange(int(same.sum()), dtype=turn.dtype)
+    numbers = candidates[torch.argsort(turn, stable=True)[:num_landmarks]]
+    return Landmarks(numbers.tolist(), _uniform_outputs(len(numbers), num_outputs, generator))
+
+
+Rule = Callable[[Points, int, int, Generator], Landmarks]
+
+LANDMARKS: dict[str, Rule] = {
+    "class-balanced": class_balanced,
+    "uniform": uniform,
+}
+
+
+def _uniform_outputs(count: int, num_outputs: int, generator: Generator) -> Tensor:
+    return torch.randint(num_outputs, (count,), generator=generator)

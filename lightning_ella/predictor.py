@@ -1,0 +1,211 @@
+"""The head: from inputs to a predictive distribution, with save and load."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .data import Inputs
+from .likelihoods import LIKELIHOODS, ClassPrediction, Gaussian
+from .linearize import Basis, Forward, Linearization, as_function, call
+from .posterior import Posterior
+
+FORMAT = "lightning-ella 1"
+
+
+class ELLAPredictor(nn.Module):
+    """A trained network that knows how sure it is.
+
+    Calling it with a batch of inputs gives a prediction with `probs`, `entropy`, `mutual_information`, `logits_mean`
+    and `logits_covariance`. The same input always gets the same answer: the Monte Carlo draws are fixed by `seed` and
+    shared by all inputs.
+
+    Args:
+        model: the network whose posterior this is, at the weights that it was fitted with.
+        basis: V, parameter name -> (K, *shape), orthonormal.
+        eigenvalues: (K,), of the kernel: those of the landmarks' Gram matrix / M.
+        curvature: H, (K, K), summed over all N training points.
+        prior_variance: σ₀², the variance of every parameter before the data, ().
+        covariance_scale: the multiplier of the posterior covariance, (); 1 is the plain posterior.
+        forward: how to call the network.
+        settings: the other numbers and names that predictions depend on: `likelihood`, `predictive`, `num_samples`,
+            `seed`, `samples_per_chunk`, `tangents_per_chunk`.
+    """
+
+    draws: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        basis: Basis,
+        eigenvalues: Tensor,
+        curvature: Tensor,
+        prior_variance: Tensor,
+        covariance_scale: Tensor,
+        forward: Forward = call,
+        settings: Mapping[str, Any],
+    ):
+        super().__init__()
+        self.model = model
+        self.basis = dict(basis)
+        self.eigenvalues, self.curvature = eigenvalues, curvature
+        self.prior_variance, self.covariance_scale = prior_variance, covariance_scale
+        self.forward_function = forward
+        self.settings = dict(settings)
+        self.likelihood = LIKELIHOODS[settings["likelihood"]]()
+        self.draws = standard_normal(settings["num_samples"], len(curvature), settings["seed"])
+        self.fingerprint = fingerprint(model)
+        self._verified = _versions(model)
+
+    def forward(self, inputs: Inputs) -> ClassPrediction:
+        """Predict for a batch; works under `inference_mode`, in train mode and on any device that the model is on.
+
+        Raises:
+            ValueError: if the model's weights are not the ones that the posterior was fitted with.
+        """
+        self._check_weights()
+        with as_function(self.model):
+            inputs = tree_map(_out_of_inference, inputs)
+            linearization = Linearization(
+                self.model,
+                self.forward_function,
+                samples_per_chunk=self.settings["samples_per_chunk"],
+                tangents_per_chunk=self.settings["tangents_per_chunk"],
+            )
+            self._follow(linearization)
+            logits, features = linearization.features(inputs, self.basis)
+            factor = features @ self.posterior.root().to(features.dtype)  # (B, C, K)
+            gaussian = Gaussian(logits, factor, self.draws.to(features.dtype))
+            return self.likelihood.predict(gaussian, self.settings["predictive"])
+
+    @property
+    def posterior(self) -> Posterior:
+        """The Gaussian over the K coordinates of the basis."""
+        return Posterior(self.curvature, self.prior_variance, self.covariance_scale)
+
+    @property
+    def rank(self) -> int:
+        """K, the number of directions kept."""
+        return len(self.curvature)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the posterior, without the network, as one safetensors file; it replaces an older one in one step."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        metadata = {
+            "format": FORMAT,
+            "settings": json.dumps(self.settings),
+            "fingerprint": json.dumps(self.fingerprint),
+        }
+        tensors = {name: getattr(self, name) for name in _PARTS} | {
+            f"basis.{name}": tangents for name, tangents in self.basis.items()
+        }
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, forward: Forward = call) -> Self:
+        """Read a posterior and attach it to `model`, which must have the weights that it was fitted with.
+
+        Args:
+            path: what `save` wrote.
+            model: the network.
+            forward: how to call it, if the fit was told (a function is not stored).
+
+        Raises:
+            ValueError: if the file is no posterior, or belongs to another network or to other weights.
+        """
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path} is not a posterior written by ELLAPredictor.save.")
+                _compare(json.loads(metadata["fingerprint"]), fingerprint(model), f"the posterior in {path}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                settings = json.loads(metadata["settings"])
+                basis = {
+                    name.removeprefix("basis."): tensors.pop(name)
+                    for name in list(tensors)
+                    if name.startswith("basis.")
+                }
+                return cls(model, basis=basis, forward=forward, settings=settings, **tensors)
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
+
+    def _check_weights(self) -> None:
+        versions = _versions(self.model)
+        if versions != self._verified:  # something wrote to the weights: see whether they changed
+            _compare(self.fingerprint, fingerprint(self.model), "this posterior")
+            self._verified = versions
+
+    def _follow(self, linearization: Linearization) -> None:
+        """Move the posterior to where the network is now."""
+        device = next(iter(linearization.parameters.values())).device
+        if self.draws.device != device:
+            self._map(lambda tensor: tensor.to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._map(fn)
+        return self
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.basis = {name: fn(tangents) for name, tangents in self.basis.items()}
+        for name in (*_PARTS, "draws"):
+            setattr(self, name, fn(getattr(self, name)))
+
+
+_PARTS = ("eigenvalues", "curvature", "prior_variance", "covariance_scale")
+
+
+def standard_normal(num_samples: int, rank: int, seed: int) -> Tensor:
+    """(S, K) draws, the same on every device."""
+    return torch.randn(num_samples, rank, generator=torch.Generator().manual_seed(seed))
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of the names and shapes of a network's parameters and buffers, and of their values."""
+    network, weights = hashlib.sha256(), hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            network.update(f"{name} {tuple(value.shape)}\n".encode())
+            weights.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return {"network": network.hexdigest(), "weights": weights.hexdigest()}
+
+
+def _compare(expected: dict[str, str], found: dict[str, str], what: str) -> None:
+    if expected["network"] != found["network"]:
+        raise ValueError(
+            f"{what} belongs to a network with other layers: pass the network that it was fitted with, "
+            "wrapped in the same module."
+        )
+    if expected["weights"] != found["weights"]:
+        raise ValueError(
+            f"{what} was fitted at other weights ({expected['weights'][:8]}, the network has {found['weights'][:8]}): "
+            "load the weights that it was fitted with, or fit again."
+        )
+
+
+def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes whenever a weight or buffer is written to or replaced; costs no look at the values."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+
+def _out_of_inference(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
