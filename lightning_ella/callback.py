@@ -31,7 +31,7 @@ class ELLACallback(Callback):
 
     Training is not touched, and afterwards the module is as it would have been. The posterior is on
     `callback.predictor` and `module.ella`, its file beside the checkpoints, its figures in `trainer.callback_metrics`
-    and in every logger. For a network that is trained already, fit with `max_epochs=0`.
+    and in every logger. For a network that is trained already, load its weights and fit with `max_epochs=0`.
 
     The training points come from, in this order: `train_loader`, the datamodule's or module's
     `ella_train_dataloader()`, the training loader's dataset (with the augmentation that it has). The unseen points
@@ -103,7 +103,7 @@ class ELLACallback(Callback):
             )
         if not isinstance(getattr(pl_module, "ella", None), ELLAPredictor | None):
             raise ValueError(
-                f"{type(pl_module).__name__} has an attribute `ella` of its own, where the predictor would go: rename it."
+                f"{type(pl_module).__name__} has an attribute `ella` of its own, where the predictor goes: rename it."
             )
         if not any(parameter.requires_grad for parameter in pl_module.parameters()) and trainer.max_epochs != 0:
             raise ValueError(
@@ -157,7 +157,7 @@ class ELLACallback(Callback):
         path = next((callback.best_model_path for callback in monitored if callback.best_model_path), None)
         if path is None:
             raise ValueError(
-                "weights='best', but no checkpoint has been written: train for an epoch at least, or pass weights='last'."
+                "weights='best', but no checkpoint has been written: train for an epoch, or pass weights='last'."
             )
         best = copy.deepcopy(pl_module)
         best.load_state_dict(trainer.strategy.load_checkpoint(path, weights_only=False)["state_dict"])

@@ -18,7 +18,7 @@ from .metrics import classification_metrics
 SAMPLES_BUDGET = 2**22  # numbers in one chunk of Monte Carlo logits: few enough to stay near the caches
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning moves what predict_step returns to the CPU field by field
 class Gaussian:
     """Logits with mean f(x) and covariance F Fᵀ, and the standard normal draws shared by all inputs."""
 
@@ -112,7 +112,7 @@ class Classification(Likelihood):
         return classification_metrics(num_outputs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClassPrediction:
     """What the posterior says of a batch; everything but the logits is worked out when it is asked for."""
 
@@ -171,16 +171,12 @@ def probit(logits: Gaussian) -> Tensor:
 def laplace_bridge(logits: Gaussian) -> Tensor:
     """Mean of the Dirichlet that matches the Gaussian (Hobbhahn et al. 2022, equation 5), (B, C).
 
-    The Gaussian is first conditioned on Σ_c f_c = 0, which the softmax does not notice. The bridge is
-    close to Monte Carlo only where the logits' variance is of order one; where it vanishes it is not the softmax.
+    Both are first centred over the classes, which the softmax does not notice. The bridge is close to Monte Carlo
+    only where the logits' variance is of order one; where it vanishes the bridge is not the softmax.
     """
-    mean, factor, num_classes = logits.mean, logits.factor, logits.mean.shape[-1]
-    common = factor.sum(1, keepdim=True)  # (B, 1, K)
-    covariance = (factor * common).sum(-1)  # (B, C), of each logit with their sum
-    total = common.square().sum(-1).clamp_min(torch.finfo(mean.dtype).tiny)  # (B, 1), variance of the sum
-    variance = logits.variance - covariance.square() / total
-    variance = variance.clamp_min(torch.finfo(mean.dtype).eps)
-    mean = mean - covariance / total * mean.sum(-1, keepdim=True)
+    mean, num_classes = logits.mean - logits.mean.mean(1, keepdim=True), logits.mean.shape[1]
+    variance = (logits.factor - logits.factor.mean(1, keepdim=True)).square().sum(-1)
+    variance = variance.clamp_min(torch.finfo(variance.dtype).eps)
     evidence = mean.exp() * (-mean).exp().sum(-1, keepdim=True) / num_classes**2
     concentration = (1 - 2 / num_classes + evidence) / variance
     return concentration / concentration.sum(-1, keepdim=True)

@@ -184,7 +184,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             network.update(f"{name} {tuple(value.shape)}\n".encode())
-            weights.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            weights.update(bits.numpy().data)
     return {"network": network.hexdigest(), "weights": weights.hexdigest()}
 
 

@@ -1,0 +1,57 @@
+"""Figures, with matplotlib (in the extra `recipes`)."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def reliability_diagram(probs: dict[str, Tensor], targets: Tensor, num_bins: int = 15) -> "Figure":
+    """Accuracy against confidence of several predictives, with the share of predictions in each bin below.
+
+    Args:
+        probs: name -> class probabilities (n, C).
+        targets: class indices (n,).
+        num_bins: equally wide bins of the confidence.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect")
+    for shift, (name, predicted) in enumerate(probs.items()):
+        _draw_reliability(upper, lower, name, predicted.cpu(), targets.cpu(), num_bins, shift / len(probs))
+    upper.set(ylabel="accuracy", ylim=(0, 1.02), title="Reliability: on the line is right")
+    upper.legend(loc="upper left")
+    lower.set(xlabel="confidence (largest probability)", ylabel="share", xlim=(0, 1.02))
+    return figure
+
+
+def eigenvalue_spectrum(eigenvalues: Tensor) -> "Figure":
+    """Eigenvalues of the neural tangent kernel along the kept directions: is the rank high enough?"""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogy(range(1, len(eigenvalues) + 1), eigenvalues.cpu(), marker="o", markersize=4)
+    axes.set(xlabel="direction k", ylabel="kernel eigenvalue / M", title=f"Leading {len(eigenvalues)} eigenvalues")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _draw_reliability(
+    upper: "Axes", lower: "Axes", name: str, probs: Tensor, targets: Tensor, num_bins: int, shift: float
+) -> None:
+    confidence, predicted = probs.max(1)
+    bins = (confidence * num_bins).long().clamp_max(num_bins - 1)
+    count = bins.bincount(minlength=num_bins)
+    right = bins.bincount((predicted == targets).double(), num_bins) / count
+    mean = bins.bincount(confidence.double(), num_bins) / count
+    filled = count > 0
+    (line,) = upper.plot(mean[filled], right[filled], marker="o", markersize=4, label=name)
+    width = 0.45 / num_bins
+    edges = [(b + shift) / num_bins for b in range(num_bins)]
+    lower.bar(edges, count / count.sum(), width, align="edge", color=line.get_color())

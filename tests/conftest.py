@@ -1,0 +1,183 @@
+"""Small networks with dense float64 oracles, shared by all tests."""
+
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the networks are tiny: threads would only wait for each other
+
+
+class TinyViT(nn.Module):
+    """4 x 4 patches, one attention block, a class token: every kind of parameter that a ViT has."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(1, 4, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.position = nn.Parameter(torch.randn(1, 5, 4))
+        self.norm1, self.norm2 = nn.LayerNorm(4), nn.LayerNorm(4)
+        self.qkv, self.proj = nn.Linear(4, 12), nn.Linear(4, 4)
+        self.mlp = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Dropout(0.5), nn.Linear(6, 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head((x + self.mlp(self.norm2(x)))[:, 0])
+
+
+class DictMLP(nn.Module):
+    """Takes {"left": (B, 2), "right": (B, 2)}."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(2, 4), nn.Linear(2, 4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.out((self.left(inputs["left"]) * self.right(inputs["right"])).tanh())
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def conv_batchnorm() -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(4, 3),
+    ).double()
+    with torch.no_grad():
+        model(torch.randn(64, 1, 8, 8, dtype=torch.float64) * 2 + 1)  # statistics that are not the initial ones
+    return model
+
+
+def frozen() -> nn.Module:
+    model = mlp()
+    model[0].requires_grad_(False)
+    return model
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 1, 8, 8, dtype=torch.float64)
+
+
+def vectors(count: int) -> Tensor:
+    return torch.randn(count, 3, dtype=torch.float64)
+
+
+def pairs(count: int) -> dict[str, Tensor]:
+    return {side: torch.randn(count, 2, dtype=torch.float64) for side in ("left", "right")}
+
+
+MAKERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
+    "mlp": (mlp, vectors),
+    "conv_batchnorm": (conv_batchnorm, images),
+    "vit": (TinyViT, images),
+    "dict": (DictMLP, pairs),
+    "frozen": (frozen, vectors),
+}
+
+
+@dataclass
+class Case:
+    """A network in float64, `count` inputs and targets of 3 classes, and what it is compared with."""
+
+    model: nn.Module
+    inputs: Any
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def dataset(self) -> "ListDataset":
+        return ListDataset([(self.rows(i), self.targets[i]) for i in range(len(self))])
+
+    def loader(self, batch_size: int = 7, **kwargs: Any) -> DataLoader:
+        return DataLoader(self.dataset, batch_size, **kwargs)
+
+    def rows(self, index: Any) -> Any:
+        if isinstance(self.inputs, dict):
+            return {name: value[index] for name, value in self.inputs.items()}
+        return self.inputs[index]
+
+    def jacobian(self) -> Tensor:
+        """(N, C, P), in the order of the parameters that require gradients."""
+        self.model.eval()
+        parameters = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        with sdpa_kernel(SDPBackend.MATH):
+            blocks = jacrev(lambda p: functional_call(self.model, p, (self.inputs,)))(parameters)
+        return torch.cat([block.flatten(2) for block in blocks.values()], dim=2).detach()
+
+    def logits(self) -> Tensor:
+        self.model.eval()
+        with torch.no_grad():
+            return self.model(self.inputs)
+
+    def ggn(self, jacobian: Tensor) -> Tensor:
+        """Σ JᵀΛJ, (P, P), for J (N, C, P)."""
+        probs = self.logits().softmax(-1)
+        hessian = torch.diag_embed(probs) - probs.unsqueeze(2) * probs.unsqueeze(1)
+        return torch.einsum("ncp,ncd,ndq->pq", jacobian, hessian, jacobian)
+
+
+class ListDataset(Dataset):
+    def __init__(self, items: list):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+def make_case(name: str, count: int = 60) -> Case:
+    torch.manual_seed(0)
+    model, inputs = MAKERS[name]
+    built = model().double()
+    return Case(built, inputs(count), torch.randint(3, (count,)))
+
+
+@pytest.fixture(params=MAKERS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return make_case(request.param)
+
+
+def flat(basis: dict[str, Tensor]) -> Tensor:
+    """A basis as (P, K)."""
+    return torch.cat([tangents.flatten(1) for tangents in basis.values()], dim=1).T
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The image folder and the folder of the checkpoints; `ELLA_DATA` names a folder that holds both."""
+    source = Path(os.environ.get("ELLA_DATA", ROOT.parent / "shared" / "data"))
+    archive = source / "cifar10-jpeg.tar.gz"
+    if (source / "train").is_dir():
+        return source, source
+    if not archive.exists():
+        pytest.skip("needs CIFAR-10 as an image folder: set ELLA_DATA")
+    images = tmp_path_factory.mktemp("cifar10")
+    with tarfile.open(archive) as tar:
+        tar.extractall(images, filter="data")
+    return images, source

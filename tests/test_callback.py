@@ -1,0 +1,394 @@
+"""The callback inside a Trainer: where it gets its data and weights, what it leaves, what it refuses."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import ListDataset
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_ella import ELLACallback, ELLAPredictor, fit_ella
+
+pytestmark = [  # Lightning's advice to users, which these users ignore
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in `LightningModule`"),
+]
+
+SMALL: dict[str, Any] = {"num_landmarks": 30, "rank": 4, "num_curvature": 40}
+
+
+def blobs(count: int, seed: int) -> ListDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (count,), generator=generator)
+    return ListDataset([(torch.randn(2, generator=generator) + y, y) for y in labels])
+
+
+class Net(pl.LightningModule):
+    """An ordinary user's module."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_entropy", self.ella(batch[0]).entropy.mean())
+
+    def predict_step(self, batch, batch_idx):
+        return self.ella(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(blobs(100, 0), batch_size=16, shuffle=True, drop_last=True)
+
+    def val_dataloader(self):
+        return DataLoader(blobs(50, 1), batch_size=16)
+
+    def test_dataloader(self):
+        return DataLoader(blobs(20, 2), batch_size=16)
+
+    predict_dataloader = test_dataloader
+
+
+def make_trainer(tmp_path: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
+    defaults = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **{**defaults, **kwargs})
+
+
+def probabilities(module: pl.LightningModule, x: Tensor) -> Tensor:
+    return module.ella(x).probs
+
+
+def test_after_fit_the_module_is_a_bayesian_predictor(tmp_path: Path):
+    pl.seed_everything(0, verbose=False)
+    module, ella = Net(), ELLACallback(likelihood="classification", **SMALL)
+    trainer = make_trainer(tmp_path, ella)
+    trainer.fit(module, Data())
+    out = ella.predictor(torch.randn(5, 2))
+    assert out.probs.shape == (5, 3)
+    assert module.ella is ella.predictor
+    expected = fit_ella(module, Data().train_dataloader(), Data().val_dataloader(), **SMALL)
+    torch.testing.assert_close(ella.predictor.curvature, expected.curvature, rtol=0, atol=0)
+    torch.testing.assert_close(ella.predictor.prior_variance, expected.prior_variance, rtol=0, atol=0)
+    artefact = Path(trainer.checkpoint_callback.dirpath) / "ella.safetensors"
+    assert ELLAPredictor.load(artefact, module)(torch.ones(1, 2)).probs.equal(module.ella(torch.ones(1, 2)).probs)
+
+
+def test_training_and_module_are_as_without_the_callback(tmp_path: Path):
+    def train(*callbacks: pl.Callback) -> Net:
+        pl.seed_everything(0, verbose=False)
+        module = Net()
+        module.body[1].eval()  # a module that the user froze
+        module.body[0].weight.requires_grad_(False)
+        make_trainer(tmp_path, *callbacks).fit(module, Data())
+        module.after = torch.rand(1)  # the global random state is the same, too
+        return module
+
+    plain, module = train(), train(ELLACallback(**SMALL))
+    torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert list(module.state_dict()) == list(plain.state_dict())
+    assert [m.training for m in module.modules()] == [m.training for m in plain.modules()]
+    assert [p.requires_grad for p in module.parameters()] == [p.requires_grad for p in plain.parameters()]
+    for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        assert mine.grad is None or mine.grad.equal(theirs.grad)
+    assert module.device == plain.device
+    assert module.after.equal(plain.after)
+    assert "body.0.weight" not in module.ella.basis
+    plain.load_state_dict(module.state_dict(), strict=True)
+
+
+def test_figures_reach_callback_metrics_and_every_logger(tmp_path: Path):
+    logger = CSVLogger(tmp_path)
+    trainer = make_trainer(tmp_path, ELLACallback(**SMALL), logger=[logger, CSVLogger(tmp_path, "second")])
+    trainer.fit(Net(), Data())
+    names = {f"{who}/{what}" for who in ("map", "ella") for what in ("accuracy", "nll", "ece", "brier")}
+    names |= {"ella/prior_variance", "ella/covariance_scale", "ella/seconds", "ella/eigenvalue_00"}
+    assert names <= set(trainer.callback_metrics)
+    for each in trainer.loggers:
+        assert "ella/nll" in Path(each.log_dir, "metrics.csv").read_text()
+    assert (Path(logger.log_dir) / "checkpoints" / "ella.safetensors").exists()
+
+
+def test_a_trained_checkpoint_needs_no_training(tmp_path: Path):
+    trainer = make_trainer(tmp_path)
+    module = Net()
+    trainer.fit(module, Data())
+    path = trainer.checkpoint_callback.best_model_path
+    again, ella = Net.load_from_checkpoint(path), ELLACallback(**SMALL)
+    make_trainer(tmp_path, ella, max_epochs=0).fit(again, Data())
+    torch.testing.assert_close(again.state_dict(), module.state_dict())
+    assert ella.predictor(torch.ones(1, 2)).logits_mean.equal(module.eval()(torch.ones(1, 2)))
+
+
+def test_early_stopping_ends_with_a_posterior(tmp_path: Path):
+    ella = ELLACallback(**SMALL)
+    stop = EarlyStopping("val_loss", patience=0, stopping_threshold=1e9)
+    trainer = make_trainer(tmp_path, stop, ella, max_epochs=50)
+    trainer.fit(Net(), Data())
+    assert trainer.current_epoch < 50
+    assert ella.predictor is not None
+
+
+@pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1)])
+def test_averaged_weights_are_the_ones_used(tmp_path: Path, averaging):
+    module, ella = Net(), ELLACallback(**SMALL)
+    make_trainer(tmp_path, ella, averaging(), max_epochs=4).fit(module, Data())
+    x = torch.randn(6, 2)
+    assert ella.predictor(x).logits_mean.equal(module.eval()(x))
+
+
+def test_best_weights_live_in_a_copy(tmp_path: Path):
+    class Worsening(Net):
+        def on_train_end(self):
+            nn.init.zeros_(self.body[4].weight)
+
+    module, ella = Worsening(), ELLACallback(weights="best", **SMALL)
+    trainer = make_trainer(tmp_path, ella, ModelCheckpoint(monitor="val_loss"), max_epochs=3)
+    trainer.fit(module, Data())
+    x = torch.randn(6, 2)
+    assert module.body[4].weight.eq(0).all()
+    best = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)["state_dict"]
+    torch.testing.assert_close(ella.predictor.model.state_dict(), best)
+    assert not module.ella(x).logits_mean.equal(module.eval()(x))
+    assert trainer.predict(module, Data())[0].probs.shape == (16, 3)
+
+
+def test_predict_and_test_work_through_the_users_own_steps(tmp_path: Path):
+    module = Net()
+    trainer = make_trainer(tmp_path, ELLACallback(**SMALL))
+    trainer.fit(module, Data())
+    outputs = trainer.predict(module, Data())
+    x = torch.stack([x for x, _ in blobs(20, 2)])
+    inside = torch.cat([out.probs for out in outputs])
+    torch.testing.assert_close(inside, module.ella(x).probs)
+    assert torch.cat([out.logits_variance for out in outputs]).min() > 0  # no tangent was lost
+    figures = trainer.test(module, Data(), verbose=False)[0]
+    assert figures["test_entropy"] == pytest.approx(module.ella(x).entropy.mean().item(), rel=1e-4)
+
+
+def test_a_refit_replaces_the_posterior(tmp_path: Path):
+    module, ella = Net(), ELLACallback(**SMALL)
+    make_trainer(tmp_path, ella).fit(module, Data())
+    first = module.ella
+    make_trainer(tmp_path, ella).fit(module, Data())
+    assert module.ella is ella.predictor is not first
+
+
+def train_data(tmp_path: Path, caplog: pytest.LogCaptureFixture, data: Any, module: Net | None = None, **kwargs) -> str:
+    with caplog.at_level(logging.INFO, "lightning_ella"):
+        make_trainer(tmp_path, ELLACallback(**SMALL, **kwargs), max_epochs=1).fit(module or Net(), data)
+    return caplog.text
+
+
+class Augmented(Data):
+    def train_dataloader(self):
+        class Noisy(ListDataset):
+            def __getitem__(self, index: int):
+                x, y = super().__getitem__(index)
+                return x + torch.randn(2), y
+
+        return DataLoader(Noisy(blobs(100, 0).items), batch_size=16)
+
+
+class Clean(Augmented):
+    def ella_train_dataloader(self):
+        return DataLoader(blobs(100, 0), batch_size=16)
+
+    def ella_calibration_dataloader(self):
+        return DataLoader(blobs(25, 4), batch_size=16)
+
+
+def test_augmentation_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    text = train_data(tmp_path, caplog, Augmented())
+    assert "fitting on the training data (with their augmentation, if any), calibrating on the validation data" in text
+    assert "look different each time" in text
+
+
+def test_a_clean_loader_of_the_datamodule_is_preferred(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    text = train_data(tmp_path, caplog, Clean())
+    assert "fitting on the data of Clean.ella_train_dataloader(), calibrating on the data of Clean.ella_calib" in text
+    assert "look different each time" not in text
+    assert "On 25 calibration points" in text
+
+
+def test_a_clean_loader_argument_comes_first(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    text = train_data(tmp_path, caplog, Clean(), train_loader=Data().train_dataloader())
+    assert "fitting on the data of train_loader" in text
+
+
+def test_hooks_of_the_module_apply_without_their_augmentation(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    class Normalising(Net):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            x, y = batch
+            return (x + torch.randn_like(x) if self.trainer.training else x) * 100, y
+
+    module = Normalising()
+    assert "look different" not in train_data(tmp_path, caplog, Data(), module)
+    scaled = [(x * 100, y) for x, y in blobs(100, 0)]
+    expected = fit_ella(module, DataLoader(scaled, batch_size=16), **SMALL, prior_variance=1.0, covariance_scale=1.0)
+    torch.testing.assert_close(module.ella.curvature, expected.curvature)
+
+
+def test_loaders_without_a_datamodule_and_without_validation(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "lightning_ella"):
+        trainer = make_trainer(tmp_path, ELLACallback(**SMALL, prior_variance=0.1), limit_val_batches=0)
+        trainer.fit(Net(), Data().train_dataloader())
+    assert "calibrating on nothing" in caplog.text
+    assert "no validation data, so nothing is tuned: prior_variance=0.1, covariance_scale=1" in caplog.text
+    assert trainer.callback_metrics["ella/prior_variance"] == pytest.approx(0.1)
+
+
+def test_other_batches_pass_through_unpack(tmp_path: Path):
+    class Dicts(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    loader = DataLoader([{"x": x, "y": y} for x, y in blobs(100, 0)], batch_size=16)
+    ella = ELLACallback(**SMALL, unpack=lambda batch: (batch["x"], batch["y"]))
+    make_trainer(tmp_path, ella, limit_val_batches=0).fit(Dicts(), loader)
+    assert ella.predictor(torch.ones(1, 2)).probs.shape == (1, 3)
+
+
+def test_double_precision_and_a_fast_dev_run(tmp_path: Path):
+    ella = ELLACallback()
+    make_trainer(tmp_path, ella, precision="64-true", fast_dev_run=True).fit(Net(), Data())
+    assert ella.predictor.rank <= 2
+    assert next(iter(ella.predictor.basis.values())).dtype == torch.float64
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("bar", [True, "rich"])
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_progress_is_drawn_by_the_trainers_own_bar(tmp_path: Path, capsys: pytest.CaptureFixture, bar, epochs: int):
+    callbacks = [RichProgressBar(leave=True)] if bar == "rich" else []
+    trainer = make_trainer(tmp_path, ELLACallback(**SMALL), *callbacks, max_epochs=epochs, enable_progress_bar=True)
+    trainer.fit(Net(), Data())
+    printed = capsys.readouterr().out
+    for stage, total in (("landmarks", 30), ("curvature", 40), ("calibration", 50)):
+        assert f"ELLA {stage}" in printed
+        assert f"{total}/{total}" in printed
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(blobs(64, 0).items)
+
+
+def wide_output(module: Net) -> None:
+    module.body.append(nn.Unflatten(1, (3, 1)))
+    module.training_step = lambda batch, batch_idx: module(batch[0]).sum()
+
+
+def out_of_range(module: Net) -> None:
+    module.body[4] = nn.Linear(8, 2)
+    module.training_step = lambda batch, batch_idx: module(batch[0]).sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        ({"num_landmarks": 101}, None, "num_landmarks=101, but there are only 100 training points"),
+        ({}, wide_output, r"the network must map 1 inputs to \(1, C\) logits .* it gives \(1, 3, 1\)"),
+        ({}, out_of_range, r"labels must lie in \[0, 2\)"),
+        ({"weights": "best"}, None, "weights='best' needs to know what is best"),
+        ({}, lambda module: setattr(module, "ella", nn.Linear(1, 1)), "NoTraining has an attribute `ella` of its own"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(tmp_path: Path, settings: dict, change, message: str):
+    class NoTraining(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            raise AssertionError("training has begun")
+
+    module = NoTraining()
+    if change:
+        change(module)
+    trainer = make_trainer(tmp_path, ELLACallback(**{**SMALL, **settings}), num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module, Data())
+
+
+def test_frozen_modules_streams_and_many_loaders_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="requires_grad=True"):
+        make_trainer(tmp_path, ELLACallback(**SMALL)).fit(Net().requires_grad_(False), Data())
+    with pytest.raises(TypeError, match="IterableDataset"):
+        make_trainer(tmp_path, ELLACallback(**SMALL), max_steps=2).fit(Net(), DataLoader(Stream(), batch_size=16))
+    with pytest.raises(TypeError, match="IterableDataset"):
+        ELLACallback(train_loader=DataLoader(Stream(), batch_size=16))
+    loaders = [Data().train_dataloader(), Data().train_dataloader()]
+    module = Net()
+    module.training_step = lambda batch, batch_idx: module(batch[0][0]).sum()
+    with pytest.raises(TypeError, match="pass train_loader= to ELLACallback"):
+        make_trainer(tmp_path, ELLACallback(**SMALL)).fit(module, loaders)
+
+
+def test_weights_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="weights='newest' is not one of 'last', 'best'"):
+        ELLACallback(weights="newest")
+
+
+def test_several_devices_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="ELLA runs on one device so far, not on 2"):
+        ELLACallback().setup(_WithWorldSize(make_trainer(tmp_path), 2), Net(), "fit")
+
+
+class _WithWorldSize:
+    """A trainer that says it runs on several devices."""
+
+    def __init__(self, trainer: pl.Trainer, world_size: int):
+        self._trainer, self.world_size = trainer, world_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+
+def test_sharded_parameters_are_refused(tmp_path: Path):
+    trainer = _WithWorldSize(make_trainer(tmp_path), 1)
+    trainer.strategy = FSDPStrategy()
+    with pytest.raises(ValueError, match="FSDPStrategy shards them"):
+        ELLACallback().setup(trainer, Net(), "fit")
+
+
+def test_an_error_at_the_end_costs_neither_weights_nor_checkpoints(tmp_path: Path):
+    class Diverging(Net):
+        def on_train_end(self):
+            self.body[4].weight.data.fill_(torch.nan)
+
+    module = Diverging()
+    trainer = make_trainer(tmp_path, ELLACallback(**SMALL))
+    with pytest.raises(ValueError, match="outputs are NaN or infinite"):
+        trainer.fit(module, Data())
+    assert Path(trainer.checkpoint_callback.best_model_path).exists()
+    assert module.training

@@ -1,0 +1,43 @@
+"""Which points are drawn."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ella.data import Points
+from lightning_ella.landmarks import LANDMARKS
+
+
+def points(labels: torch.Tensor) -> Points:
+    return Points(DataLoader(TensorDataset(torch.arange(len(labels)), labels), 16))
+
+
+@pytest.mark.parametrize("rule", LANDMARKS)
+def test_inputs_are_distinct_and_outputs_in_range(rule: str):
+    numbers, outputs = LANDMARKS[rule](points(torch.arange(100) % 3), 50, 4, torch.Generator())
+    assert len(set(numbers)) == 50
+    assert outputs.shape == (50,)
+    assert set(outputs.tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("rule", LANDMARKS)
+def test_a_seed_fixes_the_draw(rule: str):
+    draws = [LANDMARKS[rule](points(torch.arange(100) % 3), 20, 3, torch.Generator().manual_seed(s)) for s in (5, 5, 6)]
+    assert draws[0].numbers == draws[1].numbers
+    assert draws[0].outputs.equal(draws[1].outputs)
+    assert draws[0].numbers != draws[2].numbers
+
+
+@pytest.mark.parametrize("with_targets", [True, False])
+def test_classes_are_balanced_however_rare(with_targets: bool):
+    labels = torch.cat([torch.zeros(900), torch.ones(60), torch.full((40,), 2)]).long()
+    data = points(labels)
+    if with_targets:
+        data.loader.dataset.targets = labels.tolist()  # as torchvision's data sets have
+    numbers, _ = LANDMARKS["class-balanced"](data, 250, 3, torch.Generator().manual_seed(0))
+    assert labels[numbers].bincount().tolist() == [150, 60, 40]
+
+
+def test_targets_that_are_no_classes_are_refused():
+    with pytest.raises(ValueError, match="landmarks='uniform'"):
+        LANDMARKS["class-balanced"](points(torch.rand(50)), 10, 3, torch.Generator())
