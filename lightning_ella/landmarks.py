@@ -27,7 +27,7 @@ def uniform(points: Points, num_landmarks: int, num_outputs: int, generator: Gen
 
 
 def class_balanced(points: Points, num_landmarks: int, num_outputs: int, generator: Generator) -> Landmarks:
-    """Draw equally many inputs of every class; the output of each uniformly (Deng et al. 2022, section 4.1).
+    """Draw equally many inputs of every class; the output of each uniformly, as in Deng et al. (2022).
 
     Classes take turns until there are enough; one that runs out leaves its turns to the others. Where the dataset has
     no `.targets`, only four times as many points as landmarks are read for their labels.

@@ -38,6 +38,7 @@ def eigenvalue_spectrum(eigenvalues: Tensor) -> "Figure":
     axes = figure.subplots()
     axes.semilogy(range(1, len(eigenvalues) + 1), eigenvalues.cpu(), marker="o", markersize=4)
     axes.set(xlabel="direction k", ylabel="kernel eigenvalue / M", title=f"Leading {len(eigenvalues)} eigenvalues")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     return figure
 

@@ -1,0 +1,23 @@
+# make demo: handwritten digits, a small ResNet, and ELLA at the end.   make test: lint, types and tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test
+demo: .venv/recipes
+	$(BIN)/python recipes/train.py
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/pytest
+
+.venv/recipes: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable ".[recipes]"
+	touch $@
+
+.venv/dev: .venv/recipes
+	$(BIN)/pip install --quiet --group dev
+	touch $@

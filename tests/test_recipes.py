@@ -1,0 +1,75 @@
+"""The recipes as a user starts them, on data that every machine has or that the test makes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+QUICK = ["trainer.enable_progress_bar=false", "ella.num_landmarks=24", "ella.rank=4", "ella.num_curvature=24"]
+
+
+def train(tmp_path: Path, *overrides: str) -> tuple[dict, str]:
+    """Run recipes/train.py in `tmp_path`; return report.json and what was printed."""
+    command = [sys.executable, str(ROOT / "recipes" / "train.py"), f"hydra.run.dir={tmp_path}/run", *overrides]
+    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((tmp_path / "run" / "report.json").read_text()), done.stdout
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Noise in two classes, with a split file."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 40), ("test", 4)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:04d}.jpg")
+    order = generator.permutation(80)
+    np.savez(tmp_path / "split.npz", train=order[:60], heldout=order[60:])
+    return tmp_path / "images"
+
+
+def test_the_digits_experiment_ends_with_table_report_figures_and_wandb(tmp_path: Path):
+    report, printed = train(tmp_path, "trainer.max_epochs=1", *QUICK)
+    for column in ("accuracy", "NLL", "ECE", "Brier", "AUROC total", "AUROC epistemic", "MAP", "ELLA"):
+        assert column in printed
+    assert set(report["test"]) == {"MAP", "ELLA"}
+    assert 0 < report["test"]["ELLA"]["auroc_epistemic"] < 1
+    assert report["num_test"] == 900
+    assert report["config"]["ella"]["rank"] == 4
+    assert report["fit"]["ella/nll"] > 0
+    run = tmp_path / "run"
+    for name in ("reliability.png", "eigenvalues.png"):
+        assert Image.open(run / name).size[0] > 500
+    (stored,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    content = stored.read_bytes()
+    for key in (b"ella/nll", b"test/ella/nll", b"test/reliability"):
+        assert key in content
+    assert list(run.rglob("ella.safetensors"))
+
+
+def test_the_cifar_experiment_takes_any_image_folder_a_split_and_a_checkpoint(tmp_path: Path, image_folder: Path):
+    common = [
+        "experiment=cifar10_resnet20",
+        f"data.root={image_folder}",
+        f"data.split={tmp_path}/split.npz",
+        "model.network.num_classes=2",
+        "model.network.depth=8",
+        "logger=csv",
+        *QUICK,
+    ]
+    report, _ = train(tmp_path, *common, "trainer.max_epochs=0")
+    assert report["num_test"] == 8
+    assert report["fit"]["ella/accuracy"] == pytest.approx(report["fit"]["map/accuracy"], abs=0.2)
+    report, _ = train(tmp_path, *common, "trainer.fast_dev_run=true", "ella=paper")
+    assert report["fit"]["ella/prior_variance"] == pytest.approx(0.04)
