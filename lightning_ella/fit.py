@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .basis import nystrom_basis, unflatten
-from .curvature import curvature
-from .data import Points, Unpack, draw, inputs_and_targets, seeded
-from .landmarks import LANDMARKS, Landmarks
+from .basis import nystrom_basis
+from .curvature import CURVATURES, curvature
+from .data import Inputs, Points, Unpack, draw, inputs_and_targets, seeded
+from .engine import ENGINES, PRECISIONS, Linearization
+from .landmarks import LANDMARKS
 from .likelihoods import LIKELIHOODS, Gaussian, Likelihood
-from .linearize import Forward, Linearization, as_function, call, num_samples
+from .linearize import Forward, as_function, call, num_samples
 from .posterior import Posterior, calibrate
-from .predictor import ELLAPredictor, standard_normal
+from .predictor import ELLAPredictor, linearize, standard_normal
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +35,19 @@ class Settings:
         num_landmarks: M, training inputs that the kernel is approximated from, one output of each.
         rank: K, directions of the kernel that are kept.
         landmarks: how the landmarks are drawn: "class-balanced" or "uniform".
+        curvature: "exact", or "sampled" with one backward pass a point.
         num_curvature: n, training points that the curvature is estimated from; None takes all.
         num_calibration: unseen points that the scales are chosen on, at most; None takes all.
         prior_variance: σ₀²; None chooses it on unseen points.
         covariance_scale: multiplier of the posterior covariance; None chooses it on unseen points.
         predictive: how probabilities are averaged over the posterior: "mc", "probit" or "bridge".
         num_samples: Monte Carlo draws S.
-        samples_per_chunk: inputs that go through the network at a time.
-        tangents_per_chunk: tangents that go through it at a time.
+        engine: how features are computed: "forward" or "layerwise" (reverse) mode; "auto" takes the cheaper one.
+        precision: of the features: "full" is that of the weights, "bf16" is faster where the processor has it.
+        basis_precision: in which V is kept: "full", or "bf16" for half the memory.
+        memory_budget: bytes that may be used beyond the network and V; None takes a quarter of what is free.
+        samples_per_chunk: inputs that go through the network at a time; None chooses.
+        tangents_per_chunk: tangents that go through it at a time; None chooses.
         seed: fixes landmarks, chosen points and Monte Carlo draws.
 
     Raises:
@@ -52,23 +58,32 @@ class Settings:
     num_landmarks: int = 2000
     rank: int = 20
     landmarks: str = "class-balanced"
+    curvature: str = "exact"
     num_curvature: int | None = 2000
     num_calibration: int | None = 5000
     prior_variance: float | None = None
     covariance_scale: float | None = None
     predictive: str = "mc"
     num_samples: int = 512
-    samples_per_chunk: int = 16
-    tangents_per_chunk: int = 20
+    engine: str = "auto"
+    precision: str = "full"
+    basis_precision: str = "full"
+    memory_budget: int | None = None
+    samples_per_chunk: int | None = None
+    tangents_per_chunk: int | None = None
     seed: int = 0
 
     def __post_init__(self):
         _one_of("likelihood", self.likelihood, LIKELIHOODS)
         _one_of("landmarks", self.landmarks, LANDMARKS)
         _one_of("predictive", self.predictive, LIKELIHOODS[self.likelihood].predictives)
-        for name in ("num_landmarks", "rank", "num_samples", "samples_per_chunk", "tangents_per_chunk"):
+        _one_of("curvature", self.curvature, CURVATURES)
+        _one_of("engine", self.engine, ENGINES)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("basis_precision", self.basis_precision, PRECISIONS)
+        for name in ("num_landmarks", "rank", "num_samples"):
             _at_least_one(name, getattr(self, name))
-        for name in ("num_curvature", "num_calibration"):
+        for name in ("num_curvature", "num_calibration", "memory_budget", "samples_per_chunk", "tangents_per_chunk"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         for name in ("prior_variance", "covariance_scale"):
@@ -142,33 +157,52 @@ def run(
     started = time.perf_counter()
     progress = progress or _tqdm
     with seeded(settings.seed), as_function(model):
-        linearization = linearize(model, forward, settings)
+        linearization = linearize(model, forward, asdict(settings))
         likelihood = LIKELIHOODS[settings.likelihood]()
         generator = torch.Generator().manual_seed(settings.seed)
         train = Points(train_loader, unpack)
         num_outputs = _check(linearization, train, settings)
 
-        landmarks = LANDMARKS[settings.landmarks](train, settings.num_landmarks, num_outputs, generator)
-        rows = torch.cat(list(_gradients(linearization, train, landmarks, progress)))
-        vectors, eigenvalues = nystrom_basis(rows, settings.rank)
-        basis = unflatten(vectors, linearization.parameters)
-        del rows, vectors
+        def visit(points: Points, numbers: list[int], what: str) -> Iterable[tuple[Inputs, Tensor]]:
+            return progress(points.batches(numbers, linearization.device), f"ELLA {what}", len(numbers))
 
-        def visit(points: Points, count: int | None, description: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            """Yield logits, features and targets of `count` of the `points`."""
-            numbers = draw(count, len(points), generator)
-            batches = points.batches(numbers, linearization.device)
-            for inputs, targets in progress(batches, description, len(numbers)):
-                yield *linearization.features(inputs, basis), targets
+        numbers, outputs = LANDMARKS[settings.landmarks](train, settings.num_landmarks, num_outputs, generator)
 
-        hessian = curvature(visit(train, settings.num_curvature, "ELLA curvature"), likelihood, len(train))
+        def gradients() -> Iterator[dict[str, Tensor]]:
+            with seeded(settings.seed):  # a second pass must see the same augmentation
+                done = 0
+                for inputs, _ in visit(train, numbers, "landmarks"):
+                    done += (size := num_samples(inputs))
+                    yield from linearization.gradients(inputs, outputs[done - size : done])
+
+        vectors, eigenvalues = nystrom_basis(
+            gradients,
+            linearization.parameters,
+            len(numbers),
+            settings.rank,
+            memory_budget=linearization.memory_budget // 2,
+            seed=settings.seed,
+        )
+        basis = _stored(vectors, linearization.parameters, settings.basis_precision)
+        points = draw(settings.num_curvature, len(train), generator)
+        hessian = curvature(
+            linearization,
+            visit(train, points, "curvature"),
+            basis,
+            likelihood,
+            len(train),
+            how=settings.curvature,
+            generator=generator,
+        )
         draws = standard_normal(settings.num_samples, len(hessian), settings.seed).to(hessian.device)
         figures, count = {}, 0
         if calibration_loader is None:
             posterior = _given(hessian, settings)
         else:
-            held_out = visit(Points(calibration_loader, unpack), settings.num_calibration, "ELLA calibration")
-            logits, features, targets = (torch.cat(parts) for parts in zip(*held_out, strict=True))
+            held_out = Points(calibration_loader, unpack)
+            unseen = visit(held_out, draw(settings.num_calibration, len(held_out), generator), "calibration")
+            cached = [(*linearization.features(inputs, basis), targets) for inputs, targets in unseen]
+            logits, features, targets = (torch.cat(parts) for parts in zip(*cached, strict=True))
             likelihood.check(logits, targets)
             draws = draws.to(features.dtype)
             posterior = calibrate(
@@ -215,17 +249,7 @@ def check(
 ) -> None:
     """Find out, from a few points, whether a fit can work; raise an error that names the fix if not."""
     with seeded(settings.seed), as_function(model):
-        _check(linearize(model, forward, settings), Points(train_loader, unpack), settings)
-
-
-def linearize(model: nn.Module, forward: Forward, settings: Settings) -> Linearization:
-    """Linearise `model` as `settings` say."""
-    return Linearization(
-        model,
-        forward,
-        samples_per_chunk=settings.samples_per_chunk,
-        tangents_per_chunk=settings.tangents_per_chunk,
-    )
+        _check(linearize(model, forward, asdict(settings)), Points(train_loader, unpack), settings)
 
 
 def _check(linearization: Linearization, train: Points, settings: Settings) -> int:
@@ -236,8 +260,8 @@ def _check(linearization: Linearization, train: Points, settings: Settings) -> i
             f"pass num_landmarks={len(train)} or less."
         )
     inputs, targets = next(iter(train.batches([0], linearization.device)))
-    basis = {name: torch.ones_like(value).unsqueeze(0) for name, value in linearization.parameters.items()}
-    logits, _ = linearization.features(inputs, basis)
+    logits = linearization.logits(inputs)
+    next(linearization.gradients(inputs, torch.zeros(1, dtype=torch.long, device=logits.device)))
     LIKELIHOODS[settings.likelihood]().check(logits, targets)
     if not train.is_repeatable():
         log.warning(
@@ -247,14 +271,13 @@ def _check(linearization: Linearization, train: Points, settings: Settings) -> i
     return logits.shape[1]
 
 
-def _gradients(
-    linearization: Linearization, train: Points, landmarks: Landmarks, progress: Progress
-) -> Iterator[Tensor]:
-    """Yield the gradient rows (B, P) of the landmarks."""
-    outputs = iter(landmarks.outputs)
-    batches = train.batches(landmarks.numbers, linearization.device)
-    for inputs, _ in progress(batches, "ELLA landmarks", len(landmarks.numbers)):
-        yield linearization.gradients(inputs, torch.stack([next(outputs) for _ in range(num_samples(inputs))]))
+def _stored(vectors: dict[str, Tensor], parameters: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
+    """V as name -> (K, *shape), each part let go of as it is converted."""
+    basis = {}
+    for name, parameter in parameters.items():
+        part = vectors.pop(name).reshape(-1, *parameter.shape)
+        basis[name] = part.bfloat16() if precision == "bf16" else part
+    return basis
 
 
 def _given(hessian: Tensor, settings: Settings) -> Posterior:

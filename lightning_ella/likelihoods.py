@@ -60,6 +60,10 @@ class Likelihood(ABC):
         """Σ_b Ψ_bᵀ Λ_b Ψ_b, (K, K), with Λ the Hessian of the negative log-likelihood in the logits."""
 
     @abstractmethod
+    def sampled_score(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """∇ log p(y|f) in the logits, (B, C), for one target drawn from the network's own p(y|f) each."""
+
+    @abstractmethod
     def predict(self, logits: Gaussian, predictive: str) -> "ClassPrediction":
         """Integrate over the posterior of the logits."""
 
@@ -97,6 +101,12 @@ class Classification(Likelihood):
         centred = features - (probs * features).sum(1, keepdim=True)  # (B, C, K)
         weighted = (probs.sqrt() * centred).flatten(0, 1)  # (BC, K)
         return weighted.T @ weighted
+
+    def sampled_score(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """The one-hot label minus p."""
+        probs = logits.softmax(-1)
+        labels = torch.multinomial(probs.cpu(), 1, generator=generator).squeeze(1)
+        return torch.nn.functional.one_hot(labels.to(probs.device), probs.shape[1]) - probs
 
     def predict(self, logits: Gaussian, predictive: str) -> "ClassPrediction":
         """Class probabilities by Monte Carlo ("mc"), the probit approximation or the Laplace bridge."""

@@ -33,12 +33,13 @@ def reliability_diagram(probs: dict[str, Tensor], targets: Tensor, num_bins: int
 def eigenvalue_spectrum(eigenvalues: Tensor) -> "Figure":
     """Eigenvalues of the neural tangent kernel along the kept directions: is the rank high enough?"""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.semilogy(range(1, len(eigenvalues) + 1), eigenvalues.cpu(), marker="o", markersize=4)
     axes.set(xlabel="direction k", ylabel="kernel eigenvalue / M", title=f"Leading {len(eigenvalues)} eigenvalues")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     return figure
 

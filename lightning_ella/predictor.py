@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .data import Inputs
+from .engine import Linearization
 from .likelihoods import LIKELIHOODS, ClassPrediction, Gaussian
-from .linearize import Basis, Forward, Linearization, as_function, call
+from .linearize import Basis, Forward, as_function, call
 from .posterior import Posterior
 
 FORMAT = "lightning-ella 1"
@@ -37,7 +38,7 @@ class ELLAPredictor(nn.Module):
         covariance_scale: the multiplier of the posterior covariance, (); 1 is the plain posterior.
         forward: how to call the network.
         settings: the other numbers and names that predictions depend on: `likelihood`, `predictive`, `num_samples`,
-            `seed`, `samples_per_chunk`, `tangents_per_chunk`.
+            `seed`, and those of `Linearization`.
     """
 
     draws: Tensor
@@ -65,6 +66,7 @@ class ELLAPredictor(nn.Module):
         self.draws = standard_normal(settings["num_samples"], len(curvature), settings["seed"])
         self.fingerprint = fingerprint(model)
         self._verified = _versions(model)
+        self._linearization = linearize(model, forward, settings)
 
     def forward(self, inputs: Inputs) -> ClassPrediction:
         """Predict for a batch; works under `inference_mode`, in train mode and on any device that the model is on.
@@ -75,14 +77,8 @@ class ELLAPredictor(nn.Module):
         self._check_weights()
         with as_function(self.model):
             inputs = tree_map(_out_of_inference, inputs)
-            linearization = Linearization(
-                self.model,
-                self.forward_function,
-                samples_per_chunk=self.settings["samples_per_chunk"],
-                tangents_per_chunk=self.settings["tangents_per_chunk"],
-            )
-            self._follow(linearization)
-            logits, features = linearization.features(inputs, self.basis)
+            self._follow()
+            logits, features = self._linearization.features(inputs, self.basis)
             factor = features @ self.posterior.root().to(features.dtype)  # (B, C, K)
             gaussian = Gaussian(logits, factor, self.draws.to(features.dtype))
             return self.likelihood.predict(gaussian, self.settings["predictive"])
@@ -152,10 +148,11 @@ class ELLAPredictor(nn.Module):
         if versions != self._verified:  # something wrote to the weights: see whether they changed
             _compare(self.fingerprint, fingerprint(self.model), "this posterior")
             self._verified = versions
+            self._linearization = linearize(self.model, self.forward_function, self.settings)
 
-    def _follow(self, linearization: Linearization) -> None:
+    def _follow(self) -> None:
         """Move the posterior to where the network is now."""
-        device = next(iter(linearization.parameters.values())).device
+        device = self._linearization.device
         if self.draws.device != device:
             self._map(lambda tensor: tensor.to(device))
 
@@ -171,6 +168,12 @@ class ELLAPredictor(nn.Module):
 
 
 _PARTS = ("eigenvalues", "curvature", "prior_variance", "covariance_scale")
+
+
+def linearize(model: nn.Module, forward: Forward, settings: Mapping[str, Any]) -> Linearization:
+    """Linearise `model` as `settings` say."""
+    names = ("engine", "precision", "samples_per_chunk", "tangents_per_chunk", "memory_budget")
+    return Linearization(model, forward, **{name: settings[name] for name in names})
 
 
 def standard_normal(num_samples: int, rank: int, seed: int) -> Tensor:

@@ -33,7 +33,9 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def small(block: str) -> str:
     """The README's numbers, cut to the size of the test's data."""
-    return block.replace("num_landmarks=2000", "num_landmarks=50").replace("ELLACallback()", "ELLACallback(num_landmarks=50)")
+    return block.replace("num_landmarks=2000", "num_landmarks=50").replace(
+        "ELLACallback()", "ELLACallback(num_landmarks=50)"
+    )
 
 
 def test_the_commands_exist():

@@ -50,7 +50,8 @@ def test_the_digits_experiment_ends_with_table_report_figures_and_wandb(tmp_path
     assert report["fit"]["ella/nll"] > 0
     run = tmp_path / "run"
     for name in ("reliability.png", "eigenvalues.png"):
-        assert Image.open(run / name).size[0] > 500
+        with Image.open(run / name) as image:
+            assert image.size[0] > 500
     (stored,) = run.glob("wandb/offline-run-*/run-*.wandb")
     content = stored.read_bytes()
     for key in (b"ella/nll", b"test/ella/nll", b"test/reliability"):

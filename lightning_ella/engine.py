@@ -1,0 +1,200 @@
+"""Which way to differentiate, and how much at a time.
+
+Both are chosen from the sizes of the network's activations, never from a clock, so that a seed fixes the result to the
+last bit. To add an engine, write a class with `features(inputs, basis)` and name it in `Linearization._engine`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .data import Inputs
+from .layerwise import Cotangents, Layerwise
+from .linearize import Basis, Forward, ForwardMode, Network, call, check_logits, num_samples, rows, slices
+
+log = logging.getLogger(__name__)
+
+ENGINES = ("auto", "forward", "layerwise")
+PRECISIONS = ("full", "bf16")
+TANGENTS = 20  # that go through the network at a time
+MAX_SAMPLES = 64
+# Bytes of activations that are worked on at a time. More is slower on a CPU, whose caches are small: on ResNet-20,
+# 16 samples x 20 tangents take half the time a sample of 500 x 20. A GPU wants more work at a time. Untested there.
+FORWARD_WORK = {"cpu": 2**25, "cuda": 2**31}  # largest activation x samples x tangents
+REVERSE_WORK = {"cpu": 2**29, "cuda": 2**31}  # all activations x samples x (1 + cotangents)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a forward pass of one sample takes."""
+
+    num_outputs: int  # C
+    activations: int  # bytes of the outputs of all layers
+    largest: int  # bytes of the largest of them
+
+
+class Linearization:
+    """First-order view of a network around its weights, over the parameters with `requires_grad`.
+
+    Use it inside `as_function(model)`.
+
+    Args:
+        model: the network; `forward(model, inputs)` must give (B, C) outputs, each row of its own input alone.
+        forward: how to call it.
+        engine: "forward" for forward-mode products, "layerwise" for reverse mode, "auto" for the cheaper one.
+        precision: "full" for that of the weights, "bf16" to compute features (not the outputs) under autocast.
+        samples_per_chunk: inputs that go through the network at a time; None chooses.
+        tangents_per_chunk: tangents that go through it at a time; None chooses.
+        memory_budget: bytes that may be used beyond the network and the basis; None takes a quarter of what is free.
+
+    Raises:
+        ValueError: if no parameter of `model` requires a gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward = call,
+        *,
+        engine: str = "auto",
+        precision: str = "full",
+        samples_per_chunk: int | None = None,
+        tangents_per_chunk: int | None = None,
+        memory_budget: int | None = None,
+    ):
+        self.network = Network(model, forward)
+        self.choice, self.precision = engine, precision
+        self.samples_per_chunk, self.tangents_per_chunk = samples_per_chunk, tangents_per_chunk
+        self.memory_budget = memory_budget or free_memory(self.network.device) // 4
+        self.layerwise = Layerwise(self.network)
+        self._sizes: Sizes | None = None
+        self._engines: dict[int, ForwardMode | Layerwise] = {}  # by rank
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters taken into account, by name."""
+        return self.network.parameters_taken
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.network.device
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """Outputs (B, C) of the network as it is.
+
+        Raises:
+            ValueError: if the output is not (B, C) with C >= 2 or not finite.
+        """
+        return check_logits(self.network(inputs), num_samples(inputs))
+
+    def features(self, inputs: Inputs, basis: Basis) -> tuple[Tensor, Tensor]:
+        """Outputs f(x), (B, C), and features Ψ(x) = J(x) V, (B, C, K)."""
+        engine = self._engine(inputs, basis)
+        logits, features = [], []
+        for part in slices(num_samples(inputs), self._samples_for_features(inputs, engine)):
+            chunk = rows(inputs, part)
+            with self._autocast():
+                outputs, products = engine.features(chunk, basis)
+            logits.append(outputs if self.precision == "full" else self.network(chunk))
+            features.append(products.to(logits[-1].dtype))
+        return check_logits(torch.cat(logits), num_samples(inputs)), torch.cat(features)
+
+    def gradients(self, inputs: Inputs, outputs: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Yield, a chunk of samples at a time, name -> ∇_θ f_c(x), (b, p), with c = `outputs[i]` at the i-th input."""
+        sizes = self.sizes(inputs)
+        chosen = nn.functional.one_hot(outputs, sizes.num_outputs)  # (B, C)
+        for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1, rows=True)):
+            gradients = self.layerwise.rows(rows(inputs, part), lambda _, part=part: chosen[part].unsqueeze(1))
+            yield {name: gradients[name].squeeze(1) for name in self.parameters}
+
+    def projections(
+        self, inputs: Inputs, cotangents: Callable[[Tensor], Tensor], basis: Basis
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (B, C), and vᵀ J(x) V, (B, K), with v = `cotangents(outputs)`, (B, C): one backward pass."""
+        logits, projections = [], []
+        single: Cotangents = lambda outputs: cotangents(outputs).unsqueeze(1)  # noqa: E731
+        for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1)):
+            outputs, products = self.layerwise.products(rows(inputs, part), single, basis)
+            logits.append(outputs)
+            projections.append(products.squeeze(1))
+        return check_logits(torch.cat(logits), num_samples(inputs)), torch.cat(projections)
+
+    def sizes(self, inputs: Inputs) -> Sizes:
+        """Measure, once, what a forward pass of one of `inputs` takes."""
+        if self._sizes is None:
+            produced: list[int] = []
+
+            def record(module: nn.Module, args: tuple, output: Any) -> None:
+                produced.extend(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+            leaves = [module for module in self.network.model.modules() if not list(module.children())]
+            hooks = [module.register_forward_hook(record) for module in leaves]
+            try:
+                logits = self.logits(rows(inputs, slice(0, 1)))
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            produced.append(logits.nbytes)
+            self._sizes = Sizes(logits.shape[1], sum(produced), max(produced))
+        return self._sizes
+
+    def _engine(self, inputs: Inputs, basis: Basis) -> ForwardMode | Layerwise:
+        """The engine for features of this rank; forward mode only if the network has all its rules."""
+        rank, outputs = len(next(iter(basis.values()))), self.sizes(inputs).num_outputs
+        if rank not in self._engines:
+            forward = ForwardMode(self.network, min(rank, self.tangents_per_chunk or TANGENTS))
+            # A tangent and a cotangent cost about the same: two to three forward passes.
+            name = self.choice if self.choice != "auto" else "layerwise" if outputs <= rank else "forward"
+            reason = f"C = {outputs} outputs, K = {rank} directions"
+            if name == "forward":
+                try:
+                    forward.features(rows(inputs, slice(0, 1)), {n: tangents[:1] for n, tangents in basis.items()})
+                except (NotImplementedError, RuntimeError) as error:
+                    name, reason = "layerwise", f"no forward mode: {str(error).splitlines()[0]}"
+            self._engines[rank] = forward if name == "forward" else self.layerwise
+            log.info("ELLA: features by %s mode (%s).", "forward" if name == "forward" else "layerwise reverse", reason)
+        return self._engines[rank]
+
+    def _samples_for_features(self, inputs: Inputs, engine: ForwardMode | Layerwise) -> int:
+        sizes = self.sizes(inputs)
+        if isinstance(engine, Layerwise):
+            return self._samples(inputs, cotangents=sizes.num_outputs)
+        return self._fitting(FORWARD_WORK, sizes.largest * engine.tangents_per_chunk)
+
+    def _samples(self, inputs: Inputs, cotangents: int, rows: bool = False) -> int:
+        """Samples at a time in reverse mode; `rows` of J, and a copy of them, take memory too."""
+        one = self.sizes(inputs).activations * (1 + cotangents)
+        if rows:
+            one += 2 * sum(parameter.nbytes for parameter in self.network.names)
+        return self._fitting(REVERSE_WORK, one)
+
+    def _fitting(self, work: dict[str, int], one: int) -> int:
+        if self.samples_per_chunk is not None:
+            return self.samples_per_chunk
+        working_set = min(work.get(self.device.type, work["cpu"]), self.memory_budget // 4)
+        return min(MAX_SAMPLES, max(1, working_set // one))
+
+    def _autocast(self):
+        if self.precision == "full":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`. Untested on GPUs."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
