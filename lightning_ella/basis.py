@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 log = logging.getLogger(__name__)
 
 COLUMNS = 2**13  # of R are multiplied in its own precision before they are added up in float64
+ROWS = 256  # of R Rᵀ at a time
 SKETCH_PER_LANDMARK = 16  # d / M, at most
 
 Gradients = Iterator[dict[str, Tensor]]  # chunks of landmarks: parameter name -> (b, p)
@@ -163,5 +164,6 @@ def _gram(rows: Tensor) -> Tensor:
     """R Rᵀ, summed in float64: long dot products in float32 would blur the small eigenvalues."""
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for columns in rows.split(COLUMNS, dim=1):
-        gram += columns @ columns.T
-    return gram
+        for start in range(0, len(rows), ROWS):  # the upper triangle is enough
+            gram[start : start + ROWS, start:] += columns[start : start + ROWS] @ columns[start:].T
+    return gram.triu() + gram.triu(1).T

@@ -7,7 +7,7 @@ last bit. To add an engine, write a class with `features(inputs, basis)` and nam
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,7 @@ class Linearization:
         self.choice, self.precision = engine, precision
         self.samples_per_chunk, self.tangents_per_chunk = samples_per_chunk, tangents_per_chunk
         self.memory_budget = memory_budget or free_memory(self.network.device) // 4
+        self._dtype = torch.bfloat16 if precision == "bf16" else None
         self.layerwise = Layerwise(self.network)
         self._sizes: Sizes | None = None
         self._engines: dict[int, ForwardMode | Layerwise] = {}  # by rank
@@ -101,7 +102,7 @@ class Linearization:
         logits, features = [], []
         for part in slices(num_samples(inputs), self._samples_for_features(inputs, engine)):
             chunk = rows(inputs, part)
-            with self._autocast():
+            with self._autocast(engine):
                 outputs, products = engine.features(chunk, basis)
             logits.append(outputs if self.precision == "full" else self.network(chunk))
             features.append(products.to(logits[-1].dtype))
@@ -150,7 +151,7 @@ class Linearization:
         """The engine for features of this rank; forward mode only if the network has all its rules."""
         rank, outputs = len(next(iter(basis.values()))), self.sizes(inputs).num_outputs
         if rank not in self._engines:
-            forward = ForwardMode(self.network, min(rank, self.tangents_per_chunk or TANGENTS))
+            forward = ForwardMode(self.network, min(rank, self.tangents_per_chunk or TANGENTS), self._dtype)
             # A tangent and a cotangent cost about the same: two to three forward passes.
             name = self.choice if self.choice != "auto" else "layerwise" if outputs <= rank else "forward"
             reason = f"C = {outputs} outputs, K = {rank} directions"
@@ -171,7 +172,7 @@ class Linearization:
 
     def _samples(self, inputs: Inputs, cotangents: int, rows: bool = False) -> int:
         """Samples at a time in reverse mode; `rows` of J, and a copy of them, take memory too."""
-        one = self.sizes(inputs).activations * (1 + cotangents)
+        one = self.sizes(inputs).activations * (1 + cotangents) + cotangents * self.layerwise.bytes_held(inputs)
         if rows:
             one += 2 * sum(parameter.nbytes for parameter in self.network.names)
         return self._fitting(REVERSE_WORK, one)
@@ -182,10 +183,11 @@ class Linearization:
         working_set = min(work.get(self.device.type, work["cpu"]), self.memory_budget // 4)
         return min(MAX_SAMPLES, max(1, working_set // one))
 
-    def _autocast(self):
-        if self.precision == "full":
+    def _autocast(self, engine: ForwardMode | Layerwise) -> AbstractContextManager:
+        """Reverse mode works under autocast; forward mode casts by itself."""
+        if self._dtype is None or isinstance(engine, ForwardMode):
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=self._dtype)
 
 
 def free_memory(device: torch.device) -> int:

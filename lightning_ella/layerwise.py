@@ -188,6 +188,12 @@ class Layerwise:
                 total[name] = parameter.new_zeros(*shape, parameter.numel())
         return total
 
+    def bytes_held(self, inputs: Inputs) -> int:
+        """Bytes that a cotangent of a sample takes for parameters whose rows of J cannot be had layer by layer."""
+        if self._by_rule is None:
+            self._find_routes(inputs)
+        return sum(value.nbytes for value in self._uncovered().values())
+
     def _terms(self, inputs: Inputs, cotangents: Cotangents) -> tuple[Tensor, Iterator[tuple[str, Rows]]]:
         """Outputs (B, C) and, by and by, what adds up to the cotangents' products with J."""
         if self._by_rule is None:
@@ -250,10 +256,13 @@ class Layerwise:
     def _has_rule(self, parameter: Tensor) -> bool:
         return self.network.names.get(parameter) in (self._by_rule or ())
 
+    def _uncovered(self) -> dict[str, Tensor]:
+        covered = (self._by_rule or frozenset()) | self._expanded
+        return {name: value for name, value in self.network.parameters_taken.items() if name not in covered}
+
     def _one_by_one(self, inputs: Inputs, cotangents: Tensor) -> Iterator[tuple[str, Rows]]:
         """Rows of the parameters that no rule covers, by a backward pass for each sample."""
-        covered = (self._by_rule or frozenset()) | self._expanded
-        rest = {name: value for name, value in self.network.parameters_taken.items() if name not in covered}
+        rest = self._uncovered()
         if not rest:
             return
 
@@ -262,7 +271,8 @@ class Layerwise:
             pull = vjp(lambda values: self.network.at(values, one).squeeze(0), rest)[1]
             return vmap(pull)(v)[0]
 
-        for name, gradients in vmap(pull_back)(inputs, cotangents).items():
+        axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, inputs)
+        for name, gradients in vmap(pull_back, in_dims=(axes, 0))(inputs, cotangents).items():
             yield name, Rows(gradients)
 
     def _find_routes(self, inputs: Inputs) -> None:

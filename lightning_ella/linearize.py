@@ -95,17 +95,29 @@ class Network(nn.Module):
 
 
 class ForwardMode:
-    """Features by forward-mode products: a tangent of all parameters at a time goes through the network."""
+    """Features by forward-mode products: tangents of all parameters go through the network, many at a time.
 
-    def __init__(self, network: Network, tangents_per_chunk: int):
-        self.network, self.tangents_per_chunk = network, tangents_per_chunk
+    Args:
+        network: what is differentiated.
+        tangents_per_chunk: how many at a time.
+        dtype: of the arithmetic, if not that of the weights.
+    """
+
+    def __init__(self, network: Network, tangents_per_chunk: int, dtype: torch.dtype | None = None):
+        self.network, self.tangents_per_chunk, self.dtype = network, tangents_per_chunk, dtype
 
     def features(self, inputs: Inputs, basis: Basis) -> tuple[Tensor, Tensor]:
         """Outputs (B, C) and Ψ = J V (B, C, K), one primal pass for each chunk of tangents."""
-        parameters = self.network.parameters_taken
+        # Forward mode is slow where a weight and its tangent differ in layout: channels_last is undone here.
+        parameters = {name: self._cast(value).contiguous() for name, value in self.network.parameters_taken.items()}
+        others = {}
+        if self.dtype is not None:  # autocast does not work under vmap and jvp
+            state = self.network.model.state_dict()
+            others = {name: self._cast(value) for name, value in state.items() if name not in parameters}
+            inputs = tree_map(self._cast, inputs)
 
         def product(tangent: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            return jvp(lambda at: self.network.at(at, inputs), (parameters,), (tangent,))[:2]
+            return jvp(lambda at: self.network.at(others | at, inputs), (parameters,), (tangent,))[:2]
 
         out_dims: Any = (None, -1)  # vmap's annotation does not know None for "the same for all tangents"
         products = []
@@ -113,6 +125,11 @@ class ForwardMode:
             tangents = {name: basis[name][part].to(value.dtype) for name, value in parameters.items()}
             products.append(vmap(product, out_dims=out_dims)(tangents))
         return products[0][0], torch.cat([features for _, features in products], dim=-1)
+
+    def _cast(self, leaf: Any) -> Any:
+        if self.dtype is None or not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return leaf.to(self.dtype)
 
 
 def check_logits(logits: Any, batch_size: int) -> Tensor:

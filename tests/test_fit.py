@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_ella import ELLAPredictor, Settings, fit_ella
+from lightning_ella.engine import Linearization
 from lightning_ella.landmarks import LANDMARKS, Landmarks
-from lightning_ella.linearize import Linearization, as_function
+from lightning_ella.linearize import as_function
 
 GIVEN = {"prior_variance": 0.7, "covariance_scale": 1.0, "num_curvature": None}
 
@@ -94,6 +95,44 @@ def test_curvature_of_some_points_is_scaled_to_all():
     ratio = half.curvature.trace() / whole.curvature.trace()
     assert 0.7 < ratio < 1.4
     assert ratio != 1
+
+
+def test_sampled_labels_give_the_same_curvature_on_average():
+    case = make_case("mlp")
+    exact = fit_ella(case.model, case.loader(), num_landmarks=40, rank=4, **GIVEN)
+    big = case.loader()
+    big.dataset.items *= 200
+    predictor = fit_ella(case.model, big, num_landmarks=40, rank=4, curvature="sampled", **GIVEN)
+    V, W = flat(exact.basis), flat(predictor.basis)
+    expected = 200 * W.T @ case.ggn(case.jacobian()) @ W
+    assert (predictor.curvature - expected).norm() < 0.05 * expected.norm()
+    assert V.shape == W.shape
+
+
+@pytest.mark.parametrize("engine", ["forward", "layerwise"])
+def test_reduced_precision_changes_little(engine: str):
+    case = make_case("conv_batchnorm")
+    case.model, case.inputs = case.model.float(), case.inputs.float()
+    options = {"num_landmarks": 40, "rank": 6, "engine": engine, **GIVEN}
+    full = fit_ella(case.model, case.loader(), **options)(case.inputs)
+    half = fit_ella(case.model, case.loader(), precision="bf16", basis_precision="bf16", **options)
+    out = half(case.inputs)
+    assert {tangents.dtype for tangents in half.basis.values()} == {torch.bfloat16}
+    assert out.logits_mean.equal(full.logits_mean)
+    error = (out.logits_variance - full.logits_variance).norm() / full.logits_variance.norm()
+    assert 0 < error < 0.1
+
+
+def test_a_small_memory_budget_gives_nearly_the_same_posterior(caplog: pytest.LogCaptureFixture):
+    case = make_case("vit", 200)
+    options = {"num_landmarks": 150, "rank": 10, **GIVEN}
+    size = sum(parameter.numel() for parameter in case.model.parameters())
+    exact = fit_ella(case.model, case.loader(), **options)(case.inputs).logits_variance
+    with caplog.at_level(logging.INFO, "lightning_ella"):
+        streamed = fit_ella(case.model, case.loader(), memory_budget=2 * 150 * size * 8 - 16, **options)
+    assert "do not fit the memory budget" in caplog.text
+    ratio = streamed(case.inputs).logits_variance / exact
+    assert 0.8 < ratio.median() < 1.2
 
 
 def test_a_seed_fixes_the_posterior_to_the_last_bit(case: Case):

@@ -1,14 +1,16 @@
 """The same posterior as laplace-torch's ELLA, given the same basis."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from conftest import make_case
 
-from lightning_ella import ELLAPredictor
-from lightning_ella.basis import unflatten
+from lightning_ella import ELLAPredictor, Settings
 from lightning_ella.curvature import curvature
+from lightning_ella.engine import Linearization
 from lightning_ella.likelihoods import Classification
-from lightning_ella.linearize import Linearization, as_function
+from lightning_ella.linearize import as_function
 
 laplace = pytest.importorskip("laplace")
 
@@ -31,23 +33,20 @@ def test_same_covariance_with_the_same_basis(name: str):
     peer.fit(case.loader())
     with as_function(case.model):
         linearization = Linearization(case.model)
-        basis = unflatten(peer.dual_directions.T, linearization.parameters)
-        batches = [(*linearization.features(x, basis), y) for x, y in case.loader()]
+        parameters = linearization.parameters
+        columns = peer.dual_directions.T.split([p.numel() for p in parameters.values()], dim=1)
+        basis = {n: c.reshape(-1, *p.shape) for (n, p), c in zip(parameters.items(), columns, strict=True)}
+        hessian = curvature(
+            linearization, case.loader(), basis, Classification(), len(case), generator=torch.Generator()
+        )
     predictor = ELLAPredictor(
         case.model,
         basis=basis,
         eigenvalues=torch.ones(6),
-        curvature=curvature(batches, Classification(), len(case)),
+        curvature=hessian,
         prior_variance=torch.tensor(0.7).double(),
         covariance_scale=torch.tensor(1.0).double(),
-        settings={
-            "likelihood": "classification",
-            "predictive": "mc",
-            "num_samples": 8,
-            "seed": 0,
-            "samples_per_chunk": 16,
-            "tangents_per_chunk": 20,
-        },
+        settings=asdict(Settings()),
     )
     mean, covariance = peer._glm_predictive_distribution(case.inputs)
     out = predictor(case.inputs)

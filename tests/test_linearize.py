@@ -5,19 +5,28 @@ import torch
 from conftest import Case, flat, make_case
 from torch import nn
 
-from lightning_ella.basis import unflatten
-from lightning_ella.linearize import Linearization, as_function
+from lightning_ella.engine import Linearization
+from lightning_ella.linearize import as_function
 
 
 def tangents(linearization: Linearization, rank: int) -> dict[str, torch.Tensor]:
-    size = sum(parameter.numel() for parameter in linearization.parameters.values())
-    return unflatten(torch.randn(rank, size, dtype=torch.float64), linearization.parameters)
+    return {name: torch.randn(rank, *value.shape).to(value) for name, value in linearization.parameters.items()}
 
 
-@pytest.mark.parametrize(("samples", "directions"), [(1, 1), (4, 3), (64, 64)])
-def test_features_are_the_jacobian_times_the_basis(case: Case, samples: int, directions: int):
+def gradient_rows(linearization: Linearization, inputs, outputs: torch.Tensor) -> torch.Tensor:
+    chunks = linearization.gradients(inputs, outputs)
+    return torch.cat([torch.cat(list(chunk.values()), dim=1) for chunk in chunks])
+
+
+@pytest.mark.parametrize("engine", ["forward", "layerwise"])
+@pytest.mark.parametrize(("samples", "directions"), [(1, 1), (4, 3), (None, None)])
+def test_features_are_the_jacobian_times_the_basis(
+    case: Case, engine: str, samples: int | None, directions: int | None
+):
     with as_function(case.model):
-        linearization = Linearization(case.model, samples_per_chunk=samples, tangents_per_chunk=directions)
+        linearization = Linearization(
+            case.model, engine=engine, samples_per_chunk=samples, tangents_per_chunk=directions
+        )
         basis = tangents(linearization, 7)
         logits, features = linearization.features(case.inputs, basis)
     torch.testing.assert_close(features, case.jacobian() @ flat(basis), rtol=1e-9, atol=1e-9)
@@ -26,9 +35,20 @@ def test_features_are_the_jacobian_times_the_basis(case: Case, samples: int, dir
 
 def test_gradients_are_rows_of_the_jacobian(case: Case):
     with as_function(case.model):
-        rows = Linearization(case.model).gradients(case.inputs, case.targets)
+        rows = gradient_rows(Linearization(case.model), case.inputs, case.targets)
     expected = case.jacobian()[torch.arange(len(case)), case.targets]
     torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_projections_are_cotangents_times_jacobian_times_basis(case: Case):
+    v = torch.randn(len(case), 3, dtype=torch.float64)
+    with as_function(case.model):
+        linearization = Linearization(case.model, samples_per_chunk=len(case))
+        basis = tangents(linearization, 4)
+        logits, projections = linearization.projections(case.inputs, lambda _: v, basis)
+    expected = torch.einsum("bc,bcp,pk->bk", v, case.jacobian(), flat(basis))
+    torch.testing.assert_close(projections, expected)
+    torch.testing.assert_close(logits, case.logits())
 
 
 def test_only_trainable_parameters_count():
@@ -42,9 +62,9 @@ def test_the_network_is_left_as_it_was(case: Case):
     modes = [module.training for module in case.model.modules()]
     state = {name: value.clone() for name, value in case.model.state_dict().items()}
     with as_function(case.model):
-        linearization = Linearization(case.model)
+        linearization = Linearization(case.model, engine="forward")
         linearization.features(case.inputs, tangents(linearization, 2))
-        linearization.gradients(case.inputs, case.targets)
+        gradient_rows(linearization, case.inputs, case.targets)
     assert [module.training for module in case.model.modules()] == modes
     assert all(parameter.grad is None for parameter in case.model.parameters())
     torch.testing.assert_close(case.model.state_dict(), state, rtol=0, atol=0)
@@ -60,7 +80,7 @@ def test_modes_come_back_after_an_error():
 def test_features_do_not_vanish_in_inference_mode():
     case = make_case("mlp")
     with torch.inference_mode(), as_function(case.model):
-        linearization = Linearization(case.model)
+        linearization = Linearization(case.model, engine="forward")
         basis = tangents(linearization, 2)
         _, features = linearization.features(case.inputs, basis)
     torch.testing.assert_close(features, case.jacobian() @ flat(basis))
@@ -82,7 +102,7 @@ def test_compiled_networks_run_eagerly():
     case = make_case("mlp")
     compiled = torch.compile(case.model, backend="inductor")  # would fail under forward mode, and take minutes
     with as_function(compiled):
-        linearization = Linearization(compiled)
+        linearization = Linearization(compiled, engine="forward")
         basis = tangents(linearization, 2)
         _, features = linearization.features(case.inputs, basis)
     torch.testing.assert_close(features, case.jacobian() @ flat(basis))

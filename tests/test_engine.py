@@ -1,0 +1,212 @@
+"""Which engine is chosen, and what each can differentiate."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import TinyViT, conv_batchnorm, flat, make_case
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_ella import fit_ella
+from lightning_ella.engine import Linearization, free_memory
+from lightning_ella.linearize import as_function
+
+IMAGE = (3, 8, 8)
+
+
+class Tied(nn.Module):
+    """One parameter in two layers, one in a layer and by hand, and a layer called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(4))
+        self.b.weight, self.head = self.a.weight, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).tanh()).tanh()
+        x = self.c(self.c(x).tanh()).tanh()
+        return self.head((self.d(x) @ self.d.weight).tanh())
+
+
+class SequenceFirst(nn.Module):
+    """A layer whose samples are along the second axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x.transpose(0, 1)).tanh().transpose(0, 1).mean(1))
+
+
+class Windows(nn.Module):
+    """Layers that see several pieces of each sample along the first axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = torch.cat(x.unsqueeze(1).split(4, 3), 1).flatten(0, 1)  # (2 B, 3, 4, 8)
+        return self.head(self.linear(self.conv(pieces).tanh().mean((2, 3))).view(len(x), 2, -1).sum(1))
+
+
+class Attention(nn.Module):
+    """Functional use of weights, a raw parameter with no axis to expand, and integer inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale, self.head = nn.Parameter(torch.randn(8)), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return self.head((x + self.scale * self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+class ResidualInPlace(nn.Module):
+    """A layer's output is overwritten before the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x += self.inner(x.relu())
+        return self.head(x)
+
+
+class BufferedScale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.rand(4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x * self.scale)
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, padding="same", groups=8), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        nn.Conv2d(8, 12, (3, 2), padding=(2, 1), dilation=(2, 1), groups=4), nn.ReLU(inplace=True),
+        nn.Conv2d(12, 6, 2, padding="same", padding_mode="circular", dilation=3), nn.GroupNorm(2, 6),
+        nn.SiLU(inplace=True),
+        nn.Conv2d(6, 6, 3, stride=(1, 2), padding=1, padding_mode="reflect"), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.BatchNorm1d(6), nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3),
+    )  # fmt: skip
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "convolutions": (convolutions, lambda: torch.randn(5, *IMAGE)),
+    "channels_last": (
+        lambda: convolutions().to(memory_format=torch.channels_last),
+        lambda: torch.randn(5, *IMAGE).to(memory_format=torch.channels_last),
+    ),
+    "tokens": (
+        lambda: nn.Sequential(nn.Linear(4, 7), nn.GELU(), nn.LayerNorm(7), nn.Flatten(), nn.Linear(21, 3)),
+        lambda: torch.randn(5, 3, 4),
+    ),
+    "vit": (TinyViT, lambda: torch.randn(5, 1, 8, 8)),
+    "attention": (Attention, lambda: torch.randint(9, (5, 4))),
+    "tied": (Tied, lambda: torch.randn(5, 6)),
+    "sequence_first": (SequenceFirst, lambda: torch.randn(5, 3, 4)),
+    "windows": (Windows, lambda: torch.randn(5, *IMAGE)),
+    "residual_in_place": (ResidualInPlace, lambda: torch.randn(5, 4)),
+    "buffer": (BufferedScale, lambda: torch.randn(5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("engine", ["forward", "layerwise"])
+@pytest.mark.parametrize("rank", [2, 23])
+def test_every_kind_of_layer_gives_the_dense_jacobian(name: str, engine: str, rank: int):
+    torch.manual_seed(0)
+    make, inputs = NETWORKS[name]
+    model, x = make().double().eval(), inputs()
+    x = x.double() if x.is_floating_point() else x
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with sdpa_kernel(SDPBackend.MATH):
+        blocks = jacrev(lambda p: functional_call(model, p, (x,)))(parameters)
+    J = torch.cat([block.flatten(2) for block in blocks.values()], -1).detach()  # (B, C, P)
+    basis = {name: torch.randn(rank, *p.shape, dtype=torch.float64) for name, p in parameters.items()}
+    with as_function(model):
+        linearization = Linearization(model, engine=engine, samples_per_chunk=2)
+        logits, features = linearization.features(x, basis)
+        outputs = torch.arange(5) % 3
+        rows = torch.cat([torch.cat(list(c.values()), 1) for c in linearization.gradients(x, outputs)])
+    torch.testing.assert_close(features, J @ flat(basis), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(rows, J[torch.arange(5), outputs], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits, model(x).detach())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_common_layers_take_the_fast_route():
+    for make, x in ((conv_batchnorm, torch.randn(3, 1, 8, 8).double()), (TinyViT, torch.randn(3, 1, 8, 8).double())):
+        model = make().double()
+        with as_function(model):
+            assert Linearization(model).layerwise.bytes_held(x) == 0
+
+
+class NoForwardRule(torch.autograd.Function):
+    """As people write them: no jvp, no vmap."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return NoForwardRule.apply(x)
+
+
+def test_a_layer_without_a_forward_rule_falls_back_with_one_line(caplog: pytest.LogCaptureFixture):
+    case = make_case("mlp")
+    model = nn.Sequential(nn.Linear(3, 5), Square(), nn.Linear(5, 3)).double()
+    exact = nn.Sequential(model[0], *(nn.Identity(),), model[2])
+    exact[1].forward = lambda x: x * x
+    with caplog.at_level(logging.INFO, "lightning_ella"):
+        predictor = fit_ella(model, case.loader(), num_landmarks=30, rank=2, prior_variance=1.0, covariance_scale=1.0)
+        predictor(case.inputs)
+    expected = fit_ella(exact, case.loader(), num_landmarks=30, rank=2, prior_variance=1.0, covariance_scale=1.0)
+    torch.testing.assert_close(predictor(case.inputs).probs, expected(case.inputs).probs)
+    lines = [r.message for r in caplog.records if "no forward mode" in r.message and "layerwise reverse" in r.message]
+    assert len(lines) == 2  # one for the fit, one for the predictor
+
+
+def test_the_cheaper_engine_is_chosen_and_said(caplog: pytest.LogCaptureFixture):
+    case = make_case("mlp")
+    with caplog.at_level(logging.INFO, "lightning_ella"), as_function(case.model):
+        linearization = Linearization(case.model)
+        for rank in (2, 3):
+            basis = {name: torch.randn(rank, *p.shape).double() for name, p in linearization.parameters.items()}
+            linearization.features(case.inputs, basis)
+    assert "features by forward mode (C = 3 outputs, K = 2 directions)" in caplog.text
+    assert "features by layerwise reverse mode (C = 3 outputs, K = 3 directions)" in caplog.text
+
+
+def test_chunks_shrink_with_the_memory_budget():
+    case = make_case("conv_batchnorm")
+    with as_function(case.model):
+        sizes = [Linearization(case.model, memory_budget=b)._samples(case.inputs, 3) for b in (10**4, 10**5, 10**9)]
+    assert sizes[0] < sizes[1] < sizes[2] == 64
+
+
+def test_some_memory_is_free():
+    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
