@@ -84,7 +84,8 @@ def linear(layer: nn.Linear, inputs: Tensor, gradients: Gradients, B: int) -> Te
     patches = inputs.reshape(B, 1, -1, layer.in_features).mT
     g = torch.stack([gradient.reshape(B, -1, layer.out_features) for gradient in gradients], 1)  # (B, S, T, o)
     yield layer.weight, OuterProducts(g.mT.flatten(1, 2).unsqueeze(1), patches, len(gradients))
-    yield layer.bias, Rows(g.sum(2))
+    if layer.bias is not None:
+        yield layer.bias, Rows(g.sum(2))
 
 
 def conv2d(layer: nn.Conv2d, inputs: Tensor, gradients: Gradients, B: int) -> Terms:
@@ -93,7 +94,8 @@ def conv2d(layer: nn.Conv2d, inputs: Tensor, gradients: Gradients, B: int) -> Te
     g = torch.stack(list(gradients), 1).flatten(3)  # (B, S, out, T)
     grouped = g.unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3)  # (B, G, S * o, T)
     yield layer.weight, OuterProducts(grouped, sliding_windows(layer, inputs).unflatten(1, (G, -1)), S)
-    yield layer.bias, Rows(g.sum(3))
+    if layer.bias is not None:
+        yield layer.bias, Rows(g.sum(3))
 
 
 def sliding_windows(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
