@@ -1,0 +1,315 @@
+"""Time and memory of ELLA's heavy steps, beside the paper's procedure and laplace-torch's, on one network in one run.
+
+    python recipes/benchmark.py                    # ResNet-20, 32 x 32, 10 classes
+    python recipes/benchmark.py network=resnet18   # timm's, 224 x 224, 1000 classes; also vit_tiny, vit_b16
+
+Times are medians of interleaved rounds, a sample each, and ratios to the plain forward pass F of the same run. Peak memory
+is that of a process that does nothing else, above what it held with the network loaded.
+"""
+
+import json
+import multiprocessing
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ella import fit_ella
+from lightning_ella.engine import Linearization, free_memory
+from lightning_ella.linearize import as_function
+
+
+class Bench(NamedTuple):
+    """A network, noise to feed it, and a basis to multiply with."""
+
+    model: nn.Module
+    images: Tensor
+    basis: dict[str, Tensor]
+
+
+class Job(NamedTuple):
+    """Something to time: a function, and how many samples a call of it takes."""
+
+    run: Callable[[], Any]
+    samples: int
+
+
+def build(config: DictConfig) -> Bench:
+    """The same network and noise in every process."""
+    torch.manual_seed(0)
+    network = config.networks[config.network]
+    model = instantiate(network.model).eval()
+    count = max(network.samples, *network.peer_batches)
+    images = torch.randn(count, 3, network.size, network.size)
+    basis = {name: torch.randn(config.rank, *p.shape) / 100 for name, p in model.named_parameters()}
+    return Bench(model, images, basis)
+
+
+def forward_pass(bench: Bench, samples: int) -> Job:
+    """F."""
+    return Job(lambda: bench.model(bench.images[:samples]), samples)
+
+
+def paper_features(bench: Bench, batch: int) -> Job:
+    """K dual-number products in turn, each with its own primal pass (the authors' procedure)."""
+    parameters = {name: p.detach() for name, p in bench.model.named_parameters()}
+    images = bench.images[:batch]
+
+    def run() -> Tensor:
+        def call(at: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(bench.model, at, (images,))
+
+        rank = len(next(iter(bench.basis.values())))
+        directions = ({name: v[k] for name, v in bench.basis.items()} for k in range(rank))
+        return torch.stack([torch.func.jvp(call, (parameters,), (v,))[1] for v in directions], -1)
+
+    return Job(run, batch)
+
+
+def paper_gradient(bench: Bench, samples: int) -> Job:
+    """One gradient at a time."""
+    parameters = list(bench.model.parameters())
+
+    def run() -> None:
+        for image in bench.images[:samples]:
+            with torch.enable_grad():
+                output = bench.model(image.unsqueeze(0))[0, 0]
+            torch.cat([g.flatten() for g in torch.autograd.grad(output, parameters)])
+
+    return Job(run, samples)
+
+
+def laplace_torch(bench: Bench) -> Any:
+    """Its ELLA, with the basis set by hand."""
+    import laplace
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peer = laplace.Laplace(
+            bench.model,
+            "classification",
+            subset_of_weights="all",
+            hessian_structure="gp",
+            functional_approximation="nystrom",
+            subsample_size=32,
+            n_eigenvalues=len(next(iter(bench.basis.values()))),
+            backend=laplace.curvature.AsdlGGN,
+        )
+    peer.dual_directions = torch.cat([v.flatten(1) for v in bench.basis.values()], 1).T
+    return peer
+
+
+def peer_features(bench: Bench, batch: int) -> Job:
+    """laplace-torch: products in turn."""
+    peer = laplace_torch(bench)
+    return Job(lambda: peer._features(bench.images[:batch]), batch)
+
+
+def peer_gradient(bench: Bench, samples: int) -> Job:
+    """laplace-torch: whole Jacobians, C x P a sample, of which one row is kept."""
+    outputs = bench.model(bench.images[:1]).shape[1]
+    needed = outputs * sum(p.nbytes for p in bench.model.parameters())
+    if needed > free_memory(torch.device("cpu")):
+        raise MemoryError(f"needs {needed / 1e9:.0f} GB a sample")
+    peer = laplace_torch(bench)
+    bench.model.output_size = outputs  # type: ignore[assignment]
+
+    def run() -> None:
+        for image in bench.images[:samples]:
+            with torch.enable_grad():
+                peer.backend.jacobians(image.unsqueeze(0))
+
+    return Job(run, samples)
+
+
+def features(bench: Bench, samples: int, **options: Any) -> Job:
+    """This package."""
+    linearization = Linearization(bench.model, **options)
+    return Job(lambda: linearization.features(bench.images[:samples], bench.basis), samples)
+
+
+def gradient(bench: Bench, samples: int) -> Job:
+    """This package."""
+    linearization, outputs = Linearization(bench.model), torch.zeros(samples, dtype=torch.long)
+    return Job(lambda: [None for _ in linearization.gradients(bench.images[:samples], outputs)], samples)
+
+
+def projection(bench: Bench, samples: int) -> Job:
+    """This package's curvature from sampled labels."""
+    linearization = Linearization(bench.model)
+    return Job(lambda: linearization.projections(bench.images[:samples], torch.sin, bench.basis), samples)
+
+
+def jobs(config: DictConfig) -> dict[str, Callable[[Bench], Job]]:
+    """Everything that is measured, by name."""
+    samples, batches = config.networks[config.network].samples, config.networks[config.network].peer_batches
+    few = min(samples, 16)
+    return {
+        "forward pass F": lambda bench: forward_pass(bench, samples),
+        **{f"features: paper, batch {b}": lambda bench, b=b: paper_features(bench, b) for b in batches},
+        "features: laplace-torch": lambda bench: peer_features(bench, batches[min(1, len(batches) - 1)]),
+        "features: ours": lambda bench: features(bench, samples),
+        "features: ours, forward mode": lambda bench: features(bench, samples, engine="forward"),
+        "features: ours, bf16": lambda bench: features(bench, samples, precision="bf16"),
+        "curvature: ours, sampled labels": lambda bench: projection(bench, samples),
+        "gradient: paper": lambda bench: paper_gradient(bench, few),
+        "gradient: laplace-torch": lambda bench: peer_gradient(bench, 1),
+        "gradient: ours": lambda bench: gradient(bench, samples),
+    }
+
+
+def measure_times(config: DictConfig) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds a sample of each job, round by round; and why some could not run."""
+    bench, times, failures = build(config), {}, {}
+    with as_function(bench.model):
+        ready = {}
+        for name, make in jobs(config).items():
+            try:
+                ready[name] = make(bench)
+                ready[name].run()  # warm up
+            except Exception as error:
+                ready.pop(name, None)
+                failures[name] = str(error).splitlines()[0]
+        for _ in range(config.rounds):
+            for name, job in ready.items():
+                started = time.perf_counter()
+                job.run()
+                times.setdefault(name, []).append((time.perf_counter() - started) / job.samples)
+    return times, failures
+
+
+def measure_memory(config: DictConfig, name: str, answer: Any) -> None:
+    """Send the peak memory of one job in bytes; runs in a process of its own."""
+    bench = build(config)
+    with as_function(bench.model):
+        bench.model(bench.images[:1])
+        before = peak_memory()
+        try:
+            jobs(config)[name](bench).run()
+            answer.send(peak_memory() - before)
+        except Exception:
+            answer.send(None)
+
+
+def measure_fit(config: DictConfig, answer: Any) -> None:
+    """Send the peak memory of a whole fit on noise, its seconds, and what the README's formula says."""
+    bench = build(config)
+    network = config.networks[config.network]
+    bench.basis.clear()
+    count = config.num_landmarks
+    noise = torch.randn(8, 3, network.size, network.size)
+    data = TensorDataset(noise.expand(count // 8 + 1, *noise.shape).flatten(0, 1)[:count] if count > 8 else noise)
+    loader = DataLoader(
+        data, 4, collate_fn=lambda rows: (torch.stack([r[0] for r in rows]), torch.zeros(len(rows)).long())
+    )
+    bench.model(noise[:1])
+    before, started = peak_memory(), time.perf_counter()
+    fit_ella(
+        bench.model,
+        loader,
+        num_landmarks=count,
+        rank=config.rank,
+        num_curvature=2,
+        landmarks="uniform",
+        memory_budget=config.memory_budget,
+        prior_variance=1.0,
+        covariance_scale=1.0,
+    )
+    answer.send((peak_memory() - before, time.perf_counter() - started))
+
+
+def in_own_process(target: Callable, *arguments: Any) -> Any:
+    """Run `target(*arguments, connection)` in a new process and return what it sends."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(*arguments, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:  # killed for its memory
+        return None
+    finally:
+        process.join()
+
+
+def peak_memory() -> int:
+    """Bytes, by the kernel's account."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def show(config: DictConfig, times: dict[str, list[float]], failures: dict[str, str], memory: dict[str, Any]) -> dict:
+    """Print the table and the ratios that matter; return them."""
+    unit = median(times["forward pass F"])
+    table = Table("", "ms a sample", "F", "from … to", "peak MB", title=f"{config.network}, K = {config.rank}")
+    rows = {}
+    for name, taken in times.items():
+        rows[name] = {
+            "ms": 1e3 * median(taken),
+            "F": median(taken) / unit,
+            "spread": [min(taken) / unit, max(taken) / unit],
+            "peak_bytes": memory.get(name),
+        }
+        row, peak = rows[name], memory.get(name)
+        spread = "{:.1f} … {:.1f}".format(*row["spread"])
+        table.add_row(name, f"{row['ms']:.2f}", f"{row['F']:.1f}", spread, "" if peak is None else f"{peak / 1e6:.0f}")
+    for name, reason in failures.items():
+        table.add_row(name, "", "", reason, "")
+    Console(width=120).print(table)
+    report = {"rows": rows, "failures": failures, "ratios": ratios(rows)}
+    for name, value in report["ratios"].items():
+        Console(width=120).print(f"{name}: {value:.3g}", highlight=False)
+    return report
+
+
+def ratios(rows: dict[str, dict]) -> dict[str, float]:
+    """What is compared, each from medians of this run."""
+    paper = min(row["ms"] for name, row in rows.items() if name.startswith("features: paper"))
+    ours, grad = rows["features: ours"]["ms"], rows["gradient: ours"]["ms"]
+    found = {
+        "features, ours / paper at its best batch": ours / paper,
+        "features, ours bf16 / ours": rows["features: ours, bf16"]["ms"] / ours,
+        "gradient, ours / paper": grad / rows["gradient: paper"]["ms"],
+        # 2,000 landmarks; 40,000 points of curvature and 10,000 of validation after every 1,000 of them, against
+        # 2,000 and 5,000: extrapolated from the costs of a point above
+        "whole fit by the paper's protocol / ours": (
+            2000 * rows["gradient: paper"]["ms"] + (40_000 + 40 * 10_000) * paper
+        )
+        / (2000 * grad + (2000 + 5000) * ours),
+    }
+    if "features: laplace-torch" in rows:
+        found["features, ours / laplace-torch"] = ours / rows["features: laplace-torch"]["ms"]
+    if "gradient: laplace-torch" in rows:
+        found["gradient, ours / laplace-torch"] = grad / rows["gradient: laplace-torch"]["ms"]
+    return found
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="benchmark")
+def main(config: DictConfig) -> None:
+    """Measure, print, and write benchmark.json."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if config.fit:
+        found = in_own_process(measure_fit, config)
+        Console().print(f"fit: peak {found[0] / 1e9:.2f} GB above the network, {found[1]:.0f} s", highlight=False)
+        return
+    times, failures = measure_times(config)
+    memory = {name: in_own_process(measure_memory, config, name) for name in times}
+    report = show(config, times, failures, memory)
+    (folder / "benchmark.json").write_text(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
