@@ -5,7 +5,7 @@ import functools
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
@@ -95,9 +97,7 @@ class ELLACallback(Callback):
                 f"ELLA runs on one device so far, not on {trainer.world_size}: leave the callback out, and fit "
                 "it afterwards from the checkpoint, with Trainer(devices=1, max_epochs=0)."
             )
-        if self.weights == "best" and not any(
-            isinstance(callback, ModelCheckpoint) and callback.monitor for callback in trainer.checkpoint_callbacks
-        ):
+        if self.weights == "best" and not _monitored(trainer):
             raise ValueError(
                 "weights='best' needs to know what is best: add ModelCheckpoint(monitor='val_loss') to the callbacks."
             )
@@ -105,17 +105,18 @@ class ELLACallback(Callback):
             raise ValueError(
                 f"{type(pl_module).__name__} has an attribute `ella` of its own, where the predictor goes: rename it."
             )
-        if not any(parameter.requires_grad for parameter in pl_module.parameters()) and trainer.max_epochs != 0:
-            raise ValueError(
-                "no parameter of the module has requires_grad=True: there is nothing to be uncertain about."
-            )
+        if trainer.strategy.root_device.type == "mps":
+            raise ValueError("ELLA needs float64, which MPS does not have: pass Trainer(accelerator='cpu').")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try data and network on a few points, so that what would fail after training fails before."""
+        if "ella" in pl_module.__dict__:  # it belongs to weights that are about to change
+            object.__setattr__(pl_module, "ella", None)
+        self._path(trainer)
         with isolate_rng(), self._validating(trainer):
-            train, _ = self._train_loader(trainer)
+            (train, _), (calibration, _) = self._train_loader(trainer), self._calibration_loader(trainer)
             settings = _fitting(self.settings, trainer, train)
-            check(pl_module, train, settings, unpack=self._unpack(trainer), forward=self.forward)
+            check(pl_module, train, calibration, settings, unpack=self._unpack(trainer), forward=self.forward)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the posterior, attach it, write it and log it."""
@@ -151,16 +152,22 @@ class ELLACallback(Callback):
         self._report(trainer, fit)
 
     def _network(self, trainer: Trainer, pl_module: LightningModule) -> LightningModule:
-        if self.weights == "last":
+        if self.weights == "last" or _fast_dev_run(trainer):
             return pl_module
-        monitored = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
-        path = next((callback.best_model_path for callback in monitored if callback.best_model_path), None)
+        path = next((callback.best_model_path for callback in _monitored(trainer) if callback.best_model_path), None)
         if path is None:
             raise ValueError(
                 "weights='best', but no checkpoint has been written: train for an epoch, or pass weights='last'."
             )
-        best = copy.deepcopy(pl_module)
-        best.load_state_dict(trainer.strategy.load_checkpoint(path, weights_only=False)["state_dict"])
+        try:
+            best = copy.deepcopy(pl_module)
+        except RuntimeError as error:
+            raise ValueError(
+                f"weights='best' works on a copy of the module, which cannot be copied ({error}): "
+                "do not keep a loss or other tensors with a graph on it, or pass weights='last'."
+            ) from error
+        state = trainer.strategy.load_checkpoint(path, weights_only=False)["state_dict"]
+        best.load_state_dict(state, strict=best.strict_loading)
         return best
 
     def _train_loader(self, trainer: Trainer) -> tuple[DataLoader, str]:
@@ -173,14 +180,18 @@ class ELLACallback(Callback):
     def _calibration_loader(self, trainer: Trainer) -> tuple[DataLoader | None, str]:
         found = self._given(trainer, self.calibration_loader, "calibration_loader", "ella_calibration_dataloader")
         if found is not None:
-            return found
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            return _only(found[0], "calibration_loader"), found[1]
+        with suppress(MisconfigurationException):  # a validation_step, but no val_dataloader
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
-        if loaders is None or loaders == []:
-            return None, "nothing"
-        if isinstance(loaders, list):
+        for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+            if loaders is None and owner is not None and type(owner).val_dataloader is not DataHooks.val_dataloader:
+                loaders = owner.val_dataloader()  # the module has no validation_step, so Lightning did not ask
+        if isinstance(loaders, dict):
+            loaders = list(loaders.values())
+        if isinstance(loaders, (list, tuple)) and loaders:
             return _only(loaders[0], "calibration_loader"), f"the first of {len(loaders)} validation loaders"
-        return _only(loaders, "calibration_loader"), "the validation data"
+        return (_only(loaders, "calibration_loader"), "the validation data") if loaders else (None, "nothing")
 
     @staticmethod
     def _given(trainer: Trainer, argument: DataLoader | None, name: str, method: str):
@@ -233,12 +244,20 @@ class ELLACallback(Callback):
         if self.path is not None:
             return Path(self.path)
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
+        if "://" in str(folder):
+            raise ValueError(f"ELLA writes to local files only, not to {folder}: pass path='…/ella.safetensors'.")
         return Path(folder) / "ella.safetensors"
+
+
+def _monitored(trainer: Trainer) -> list[ModelCheckpoint]:
+    """The checkpoint callbacks that know which weights are best, and keep them."""
+    found = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return [callback for callback in found if callback.monitor and callback.save_top_k != 0]
 
 
 def _only(loader: Any, argument: str) -> DataLoader:
     if loader is None:
-        raise ValueError(f"the trainer has no such data: pass {argument}= to ELLACallback.")
+        raise ValueError(f"the trainer has no data for ELLA's {argument}: pass {argument}= to ELLACallback.")
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"ELLA needs one DataLoader, but the trainer has a {type(loader).__name__} of them: "
@@ -261,7 +280,8 @@ def _fast_dev_run(trainer: Trainer) -> bool:
 
 def _follow(leader: LightningModule, predictor: torch.nn.Module, _: Any) -> None:
     """The copy with the best weights moves with the user's module. Untested on more than the CPU."""
-    predictor.to(leader.device)
+    assert isinstance(predictor, ELLAPredictor)
+    predictor.model.to(leader.device)
 
 
 def _bars(trainer: Trainer) -> Progress:

@@ -16,6 +16,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
     WeightedRandomSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
@@ -53,8 +54,8 @@ class Points:
             )
         if isinstance(loader.dataset, IterableDataset):
             raise TypeError(
-                "ELLA visits chosen points by number, which an IterableDataset does not allow: "
-                "pass a train_loader over a map-style dataset (a few thousand of its points are enough)."
+                "ELLA visits points by number, which an IterableDataset does not allow: pass train_loader= or "
+                "calibration_loader= a loader of a map-style dataset (a few thousand of the points are enough)."
             )
         if loader.batch_sampler is None:
             raise ValueError("ELLA needs a DataLoader that makes batches: pass one with batch_size=….")
@@ -120,9 +121,16 @@ def _visited(loader: DataLoader) -> Sequence[int]:
     whole = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
     if isinstance(sampler, whole):
         return range(size)
-    if sampler is not None:
-        return sorted(set(sampler))  # a hold-out made with SubsetRandomSampler stays held out
-    return sorted({index for batch in cast(Any, loader.batch_sampler) for index in batch})
+    if isinstance(sampler, SubsetRandomSampler):
+        return sorted(set(sampler.indices))  # what it leaves out stays held out
+    generator = getattr(sampler, "generator", None)
+    state = generator.get_state() if generator is not None else None
+    with seeded(0):  # looking must not change what the user's sampler gives next
+        indices = sampler if sampler is not None else (i for batch in cast(Any, loader.batch_sampler) for i in batch)
+        visited = sorted(set(indices))
+    if generator is not None:
+        generator.set_state(state)
+    return visited
 
 
 def _like(loader: DataLoader, dataset: Subset) -> DataLoader:
@@ -152,7 +160,10 @@ def _known_targets(dataset: Any) -> Tensor | None:
         return None if inner is None else inner[torch.as_tensor(dataset.indices, dtype=torch.long)]
     targets = getattr(dataset, "targets", None)
     if isinstance(targets, (list, tuple, np.ndarray, Tensor)) and len(targets) == len(dataset):
-        labels = torch.as_tensor(targets)
+        try:
+            labels = torch.as_tensor(targets)
+        except (TypeError, ValueError):  # names of classes
+            return None
         return labels if labels.ndim == 1 else None
     return None
 

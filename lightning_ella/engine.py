@@ -1,12 +1,12 @@
 """Which way to differentiate, and how much at a time.
 
 Both are chosen from the sizes of the network's activations, never from a clock, so that a seed fixes the result to the
-last bit. To add an engine, write a class with `features(inputs, basis)` and name it in `Linearization._engine`.
+last bit. To add an engine, write a class with `features(inputs, basis)`, and name it in `ENGINES` and `_engine`.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,13 +41,14 @@ class Sizes:
 
 
 class Linearization:
-    """First-order view of a network around its weights, over the parameters with `requires_grad`.
+    """First-order view of a network around its weights, over the parameters with `requires_grad`, or over `names`.
 
-    Use it inside `as_function(model)`.
+    Use it inside `as_function(model, names)`.
 
     Args:
         model: the network; `forward(model, inputs)` must give (B, C) outputs, each row of its own input alone.
         forward: how to call it.
+        names: of the parameters to take into account, if not those that require gradients.
         engine: "forward" for forward-mode products, "layerwise" for reverse mode, "auto" for the cheaper one.
         precision: "full" for that of the weights, "bf16" to compute features (not the outputs) under autocast.
         samples_per_chunk: inputs that go through the network at a time; None chooses.
@@ -55,7 +56,7 @@ class Linearization:
         memory_budget: bytes that may be used beyond the network and the basis; None takes a quarter of what is free.
 
     Raises:
-        ValueError: if no parameter of `model` requires a gradient.
+        ValueError: if there is no such parameter.
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class Linearization:
         model: nn.Module,
         forward: Forward = call,
         *,
+        names: Collection[str] | None = None,
         engine: str = "auto",
         precision: str = "full",
         samples_per_chunk: int | None = None,
         tangents_per_chunk: int | None = None,
         memory_budget: int | None = None,
     ):
-        self.network = Network(model, forward)
+        self.network = Network(model, forward, names)
         self.choice, self.precision = engine, precision
         self.samples_per_chunk, self.tangents_per_chunk = samples_per_chunk, tangents_per_chunk
         self.memory_budget = memory_budget or free_memory(self.network.device) // 4

@@ -23,6 +23,8 @@ from .predictor import ELLAPredictor, linearize, standard_normal
 
 log = logging.getLogger(__name__)
 
+SAMPLES_CHECKED = 8  # before a fit, so that what would fail late fails early
+
 Progress = Callable[[Iterable, str, int], Iterable]  # (batches, what is done, how many points) -> batches
 
 
@@ -161,7 +163,8 @@ def run(
         likelihood = LIKELIHOODS[settings.likelihood]()
         generator = torch.Generator().manual_seed(settings.seed)
         train = Points(train_loader, unpack)
-        num_outputs = _check(linearization, train, settings)
+        held_out = None if calibration_loader is None else Points(calibration_loader, unpack)
+        num_outputs = _check(linearization, train, held_out, settings)
 
         def visit(points: Points, numbers: list[int], what: str) -> Iterable[tuple[Inputs, Tensor]]:
             return progress(points.batches(numbers, linearization.device), f"ELLA {what}", len(numbers))
@@ -196,14 +199,13 @@ def run(
         )
         draws = standard_normal(settings.num_samples, len(hessian), settings.seed).to(hessian.device)
         figures, count = {}, 0
-        if calibration_loader is None:
+        if held_out is None:
             posterior = _given(hessian, settings)
         else:
-            held_out = Points(calibration_loader, unpack)
             unseen = visit(held_out, draw(settings.num_calibration, len(held_out), generator), "calibration")
             cached = [(*linearization.features(inputs, basis), targets) for inputs, targets in unseen]
             logits, features, targets = (torch.cat(parts) for parts in zip(*cached, strict=True))
-            likelihood.check(logits, targets)
+            targets = likelihood.check(logits, targets)
             draws = draws.to(features.dtype)
             posterior = calibrate(
                 logits,
@@ -219,6 +221,11 @@ def run(
             factor = features @ posterior.root().to(features.dtype)
             figures = _scores(likelihood, Gaussian(logits, factor, draws), targets, settings.predictive)
             count = len(targets)
+            if figures["ella/nll"] > figures["map/nll"] - 1e-4:
+                log.warning(
+                    "ELLA: the calibration points ask for no uncertainty. Either the network is not overconfident, or "
+                    "it was trained on them: pass calibration_loader= a loader of data never trained on."
+                )
 
         predictor = ELLAPredictor(
             model,
@@ -242,6 +249,7 @@ def run(
 def check(
     model: nn.Module,
     train_loader: DataLoader,
+    calibration_loader: DataLoader | None,
     settings: Settings,
     *,
     unpack: Unpack = inputs_and_targets,
@@ -249,25 +257,34 @@ def check(
 ) -> None:
     """Find out, from a few points, whether a fit can work; raise an error that names the fix if not."""
     with seeded(settings.seed), as_function(model):
-        _check(linearize(model, forward, asdict(settings)), Points(train_loader, unpack), settings)
+        held_out = None if calibration_loader is None else Points(calibration_loader, unpack)
+        _check(linearize(model, forward, asdict(settings)), Points(train_loader, unpack), held_out, settings)
 
 
-def _check(linearization: Linearization, train: Points, settings: Settings) -> int:
+def _check(linearization: Linearization, train: Points, held_out: Points | None, settings: Settings) -> int:
     """Return C, the number of the network's outputs, if network and data can be used."""
     if len(train) < settings.num_landmarks:
         raise ValueError(
             f"num_landmarks={settings.num_landmarks}, but there are only {len(train)} training points: "
             f"pass num_landmarks={len(train)} or less."
         )
-    inputs, targets = next(iter(train.batches([0], linearization.device)))
-    logits = linearization.logits(inputs)
-    next(linearization.gradients(inputs, torch.zeros(1, dtype=torch.long, device=logits.device)))
-    LIKELIHOODS[settings.likelihood]().check(logits, targets)
+    num_outputs = _try(linearization, train, settings)
+    if held_out is not None:
+        _try(linearization, held_out, settings)
     if not train.is_repeatable():
         log.warning(
             "ELLA: the training data look different each time (augmentation?). Pass train_loader= a loader without "
             "augmentation, or give the datamodule an ella_train_dataloader()."
         )
+    return num_outputs
+
+
+def _try(linearization: Linearization, points: Points, settings: Settings) -> int:
+    """Return C, if the network can be evaluated and differentiated on the first few of the points."""
+    inputs, targets = next(iter(points.batches(range(min(SAMPLES_CHECKED, len(points))), linearization.device)))
+    logits = linearization.logits(inputs)
+    LIKELIHOODS[settings.likelihood]().check(logits, targets)
+    next(linearization.gradients(inputs, torch.zeros(len(logits), dtype=torch.long, device=logits.device)))
     return logits.shape[1]
 
 

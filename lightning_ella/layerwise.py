@@ -181,13 +181,12 @@ class Layerwise:
     def rows(self, inputs: Inputs, cotangents: Cotangents) -> dict[str, Tensor]:
         """Cotangents times J: parameter name -> (B, S, p)."""
         total: dict[str, Tensor] = {}
-        _, terms = self._terms(inputs, cotangents)
+        logits, terms = self._terms(inputs, cotangents)
         for name, term in terms:
             total[name] = total[name] + term.dense() if name in total else term.dense()
-        shape = next(iter(total.values())).shape[:2]
         for parameter, name in self.network.names.items():
             if name not in total:  # the outputs do not depend on it
-                total[name] = parameter.new_zeros(*shape, parameter.numel())
+                total[name] = parameter.new_zeros(len(logits), cotangents(logits).shape[1], parameter.numel())
         return total
 
     def bytes_held(self, inputs: Inputs) -> int:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import pi
+from math import log, pi
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ class Likelihood(ABC):
     predictives: tuple[str, ...]  # names of the ways to integrate over the posterior, the default first
 
     @abstractmethod
-    def check(self, logits: Tensor, targets: Tensor) -> None:
-        """Raise a ValueError that names the fix if `targets` cannot belong to `logits`."""
+    def check(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the targets as the other methods take them; a ValueError names the fix if they cannot be used."""
 
     @abstractmethod
     def curvature(self, logits: Tensor, features: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ class Classification(Likelihood):
 
     predictives = ("mc", "probit", "bridge")
 
-    def check(self, logits: Tensor, targets: Tensor) -> None:
-        """Targets must be whole numbers (B,) in [0, C)."""
+    def check(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Whole numbers (B,) in [0, C), of any integer type."""
         batch_size, num_classes = logits.shape
         if targets.shape != (batch_size,) or targets.is_floating_point():
             raise ValueError(
@@ -94,6 +94,7 @@ class Classification(Likelihood):
                 f"labels must lie in [0, {num_classes}), the network's outputs, but they reach from "
                 f"{int(targets.min())} to {int(targets.max())}: pass an unpack= that maps them there."
             )
+        return targets.long()
 
     def curvature(self, logits: Tensor, features: Tensor) -> Tensor:
         """Λ = diag(p) − ppᵀ, as the covariance of features under p: centred, it does not cancel where p is sure."""
@@ -187,9 +188,9 @@ def laplace_bridge(logits: Gaussian) -> Tensor:
     mean, num_classes = logits.mean - logits.mean.mean(1, keepdim=True), logits.mean.shape[1]
     variance = (logits.factor - logits.factor.mean(1, keepdim=True)).square().sum(-1)
     variance = variance.clamp_min(torch.finfo(variance.dtype).eps)
-    evidence = mean.exp() * (-mean).exp().sum(-1, keepdim=True) / num_classes**2
-    concentration = (1 - 2 / num_classes + evidence) / variance
-    return concentration / concentration.sum(-1, keepdim=True)
+    evidence = mean + (-mean).logsumexp(-1, keepdim=True) - 2 * log(num_classes)
+    constant = torch.full_like(evidence, 1 - 2 / num_classes).log()
+    return (torch.logaddexp(constant, evidence) - variance.log()).softmax(-1)
 
 
 def entropy(probs: Tensor) -> Tensor:

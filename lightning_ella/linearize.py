@@ -1,7 +1,7 @@
 """The network as a function of its trainable parameters, and its derivatives in chunks that fit the memory."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,39 +25,53 @@ def call(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 @contextmanager
-def as_function(model: nn.Module) -> Iterator[None]:
+def as_function(model: nn.Module, names: Collection[str] = ()) -> Iterator[None]:
     """Make `model` a plain function of its parameters and inputs; afterwards it is as it was.
 
     Every submodule is in eval mode, no graph is recorded, inference mode is off (forward-mode products are silently
-    zero there in some releases of torch), attention takes the kernel that has a forward-mode rule, and what
-    was compiled runs eagerly.
+    zero there in some releases of torch), and so is autocast; attention takes the kernel that has a forward-mode rule,
+    and what was compiled runs eagerly. The parameters `names` require gradients, whoever froze them meanwhile.
     """
     training = [module for module in model.modules() if module.training]
+    frozen = [
+        parameter for name, parameter in model.named_parameters() if name in names and not parameter.requires_grad
+    ]
+    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in training:
             module.training = False
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         try:
             yield
         finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
             for module in training:
                 module.training = True
 
 
 class Network(nn.Module):
-    """`forward(model, ·)` as a function of the parameters of `model` that require gradients.
+    """`forward(model, ·)` as a function of some parameters of `model`: `names`, or those that require gradients.
 
     Raises:
         ValueError: if there are none, or if they are neither float32 nor float64.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward = call):
+    def __init__(self, model: nn.Module, forward: Forward = call, names: Collection[str] | None = None):
         super().__init__()
         self.model, self._forward = model, forward
-        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {
+            parameter: name
+            for name, parameter in model.named_parameters()
+            if (parameter.requires_grad if names is None else name in names)
+        }
         if not self.names:
             raise ValueError(
                 "no parameter of the network has requires_grad=True, so there is nothing to be uncertain about: "

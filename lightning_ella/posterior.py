@@ -68,7 +68,7 @@ def calibrate(
     def nll(exponents: tuple[float, float]) -> float:
         factor = features @ posterior(exponents).root().to(features.dtype)
         prediction = likelihood.predict(Gaussian(logits, factor, draws), predictive)
-        return float(likelihood.nll(prediction, targets).mean())
+        return float(likelihood.nll(prediction, targets).mean().nan_to_num(torch.inf))
 
     def exponents(given: float | None, candidates: tuple[float, ...]) -> list[float]:
         return torch.tensor(candidates if given is None else [given]).double().log10().tolist()

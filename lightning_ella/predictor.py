@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,6 +41,7 @@ class ELLAPredictor(nn.Module):
             `seed`, and those of `Linearization`.
     """
 
+    model: nn.Module
     draws: Tensor
 
     def __init__(
@@ -56,7 +57,8 @@ class ELLAPredictor(nn.Module):
         settings: Mapping[str, Any],
     ):
         super().__init__()
-        self.model = model
+        # Not registered: the head may then be a submodule of the network, as in `module.ella = ELLAPredictor.load(…)`.
+        object.__setattr__(self, "model", model)
         self.basis = dict(basis)
         self.eigenvalues, self.curvature = eigenvalues, curvature
         self.prior_variance, self.covariance_scale = prior_variance, covariance_scale
@@ -66,7 +68,7 @@ class ELLAPredictor(nn.Module):
         self.draws = standard_normal(settings["num_samples"], len(curvature), settings["seed"])
         self.fingerprint = fingerprint(model)
         self._verified = _versions(model)
-        self._linearization = linearize(model, forward, settings)
+        self._linearization = linearize(model, forward, settings, self.basis)
 
     def forward(self, inputs: Inputs) -> ClassPrediction:
         """Predict for a batch; works under `inference_mode`, in train mode and on any device that the model is on.
@@ -75,7 +77,7 @@ class ELLAPredictor(nn.Module):
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
         self._check_weights()
-        with as_function(self.model):
+        with as_function(self.model, self.basis):
             inputs = tree_map(_out_of_inference, inputs)
             self._follow()
             logits, features = self._linearization.features(inputs, self.basis)
@@ -148,7 +150,7 @@ class ELLAPredictor(nn.Module):
         if versions != self._verified:  # something wrote to the weights: see whether they changed
             _compare(self.fingerprint, fingerprint(self.model), "this posterior")
             self._verified = versions
-            self._linearization = linearize(self.model, self.forward_function, self.settings)
+            self._linearization = linearize(self.model, self.forward_function, self.settings, self.basis)
 
     def _follow(self) -> None:
         """Move the posterior to where the network is now."""
@@ -170,10 +172,12 @@ class ELLAPredictor(nn.Module):
 _PARTS = ("eigenvalues", "curvature", "prior_variance", "covariance_scale")
 
 
-def linearize(model: nn.Module, forward: Forward, settings: Mapping[str, Any]) -> Linearization:
-    """Linearise `model` as `settings` say."""
+def linearize(
+    model: nn.Module, forward: Forward, settings: Mapping[str, Any], parameters: Collection[str] | None = None
+) -> Linearization:
+    """Linearise `model` as `settings` say, over the named parameters or those that require gradients."""
     names = ("engine", "precision", "samples_per_chunk", "tangents_per_chunk", "memory_budget")
-    return Linearization(model, forward, **{name: settings[name] for name in names})
+    return Linearization(model, forward, names=parameters, **{name: settings[name] for name in names})
 
 
 def standard_normal(num_samples: int, rank: int, seed: int) -> Tensor:

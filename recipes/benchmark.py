@@ -1,15 +1,14 @@
 """Time and memory of ELLA's heavy steps, beside the paper's procedure and laplace-torch's, on one network in one run.
 
     python recipes/benchmark.py                    # ResNet-20, 32 x 32, 10 classes
-    python recipes/benchmark.py network=resnet18   # timm's, 224 x 224, 1000 classes; also vit_tiny, vit_b16
+    python recipes/benchmark.py network=resnet18   # timm's, 224 x 224, 1000 classes; or vit_tiny, vit_b16
 
-Times are medians of interleaved rounds, a sample each, and ratios to the plain forward pass F of the same run. Peak memory
-is that of a process that does nothing else, above what it held with the network loaded.
+Times are medians of interleaved rounds, a sample each, and ratios to the plain forward pass F of the same run. Peak
+memory is that of a process that does nothing else, above what it held with the network loaded.
 """
 
 import json
 import multiprocessing
-import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -94,11 +93,12 @@ def paper_gradient(bench: Bench, samples: int) -> Job:
 
 def laplace_torch(bench: Bench) -> Any:
     """Its ELLA, with the basis set by hand."""
-    import laplace
+    from laplace import Laplace
+    from laplace.curvature import AsdlGGN
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peer = laplace.Laplace(
+        peer: Any = Laplace(
             bench.model,
             "classification",
             subset_of_weights="all",
@@ -106,7 +106,7 @@ def laplace_torch(bench: Bench) -> Any:
             functional_approximation="nystrom",
             subsample_size=32,
             n_eigenvalues=len(next(iter(bench.basis.values()))),
-            backend=laplace.curvature.AsdlGGN,
+            backend=AsdlGGN,
         )
     peer.dual_directions = torch.cat([v.flatten(1) for v in bench.basis.values()], 1).T
     return peer
@@ -247,8 +247,9 @@ def in_own_process(target: Callable, *arguments: Any) -> Any:
 
 
 def peak_memory() -> int:
-    """Bytes, by the kernel's account."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes, by the kernel's account (Linux); `getrusage` would count what the parent process held at the fork."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def show(config: DictConfig, times: dict[str, list[float]], failures: dict[str, str], memory: dict[str, Any]) -> dict:

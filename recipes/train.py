@@ -11,6 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from report import write_report
@@ -26,7 +27,8 @@ def main(config: DictConfig) -> None:
     logger = instantiate(config.logger) if config.logger else False
     if isinstance(logger, WandbLogger):
         logger.experiment.config.update(resolved)
-    trainer = instantiate(config.trainer, callbacks=[ella], logger=logger)
+    best = ModelCheckpoint(monitor="val/loss", save_last=True)
+    trainer = instantiate(config.trainer, callbacks=[best, ella], logger=logger)
     trainer.fit(module, data)
     write_report(ella.predictor, data, trainer, resolved, folder)
 

@@ -282,6 +282,69 @@ def test_other_batches_pass_through_unpack(tmp_path: Path):
     assert ella.predictor(torch.ones(1, 2)).probs.shape == (1, 3)
 
 
+def test_layers_may_be_built_in_setup(tmp_path: Path):
+    class Late(Net):
+        def __init__(self):
+            super().__init__()
+            del self.body
+
+        def setup(self, stage: str):
+            self.body = nn.Sequential(nn.Linear(2, 8), nn.ReLU())
+
+        def configure_model(self):
+            if len(self.body) == 2:
+                self.body.append(nn.Linear(8, 3))
+
+    ella = ELLACallback(**SMALL)
+    make_trainer(tmp_path, ella).fit(Late(), Data())
+    assert ella.predictor is not None
+
+
+def test_mixed_precision_predicts_as_without_a_trainer(tmp_path: Path):
+    module = Net()
+    trainer = make_trainer(tmp_path, ELLACallback(**SMALL), precision="bf16-mixed")
+    trainer.fit(module, Data())
+    outputs = trainer.predict(module, Data())
+    x = torch.stack([x for x, _ in blobs(20, 2)])
+    torch.testing.assert_close(torch.cat([out.probs for out in outputs]), module.ella(x).probs)
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
+def test_a_validation_loader_counts_without_a_validation_step(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    module = Net()
+    module.__class__ = type("NoValidation", (Net,), {"validation_step": pl.LightningModule.validation_step})
+    assert "On 50 calibration points" in train_data(tmp_path, caplog, Data(), module)
+
+
+def test_a_guarded_use_during_validation_survives_a_refit(tmp_path: Path):
+    class Guarded(Net):
+        ella = None
+
+        def validation_step(self, batch, batch_idx):
+            if self.ella is not None:
+                self.log("entropy", self.ella(batch[0]).entropy.mean())
+
+    module, ella = Guarded(), ELLACallback(**SMALL)
+    for _ in range(2):
+        make_trainer(tmp_path, ella).fit(module, Data())
+    assert module.ella is ella.predictor
+
+
+@pytest.mark.parametrize("many", [list, tuple, lambda loaders: dict(enumerate(loaders))])
+def test_the_first_of_several_validation_loaders_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture, many):
+    class Several(Data):
+        def val_dataloader(self):
+            return many([super().val_dataloader(), self.test_dataloader()])
+
+    class Indifferent(Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            pass
+
+    text = train_data(tmp_path, caplog, Several(), Indifferent())
+    assert "the first of 2 validation loaders" in text
+    assert "On 50 calibration points" in text
+
+
 def test_double_precision_and_a_fast_dev_run(tmp_path: Path):
     ella = ELLACallback()
     make_trainer(tmp_path, ella, precision="64-true", fast_dev_run=True).fit(Net(), Data())
@@ -321,9 +384,11 @@ def out_of_range(module: Net) -> None:
     ("settings", "change", "message"),
     [
         ({"num_landmarks": 101}, None, "num_landmarks=101, but there are only 100 training points"),
-        ({}, wide_output, r"the network must map 1 inputs to \(1, C\) logits .* it gives \(1, 3, 1\)"),
+        ({}, wide_output, r"the network must map 8 inputs to \(8, C\) logits .* it gives \(8, 3, 1\)"),
         ({}, out_of_range, r"labels must lie in \[0, 2\)"),
         ({"weights": "best"}, None, "weights='best' needs to know what is best"),
+        ({"calibration_loader": DataLoader([(torch.zeros(2), 7)])}, None, r"labels must lie in \[0, 3\)"),
+        ({"path": None}, lambda module: module.requires_grad_(False), "requires_grad=True"),
         ({}, lambda module: setattr(module, "ella", nn.Linear(1, 1)), "NoTraining has an attribute `ella` of its own"),
     ],
 )
@@ -390,5 +455,7 @@ def test_an_error_at_the_end_costs_neither_weights_nor_checkpoints(tmp_path: Pat
     trainer = make_trainer(tmp_path, ELLACallback(**SMALL))
     with pytest.raises(ValueError, match="outputs are NaN or infinite"):
         trainer.fit(module, Data())
-    assert Path(trainer.checkpoint_callback.best_model_path).exists()
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)["state_dict"]
+    torch.testing.assert_close(module.body[0].weight, saved["body.0.weight"])
+    assert saved["body.4.weight"].isfinite().all()
     assert module.training

@@ -50,6 +50,33 @@ def test_a_hold_out_by_sampler_is_respected(options: dict):
     assert visited(Points(DataLoader(DATA, **options))) == [2, 5, 7]
 
 
+def test_looking_does_not_change_what_a_sampler_gives_next():
+    class Custom(SubsetRandomSampler):
+        pass
+
+    class Wrapped:
+        def __init__(self, inner: SubsetRandomSampler):
+            self.inner, self.generator = inner, inner.generator
+
+        def __iter__(self):
+            return iter(self.inner)
+
+    orders = []
+    for look in (False, True):
+        sampler = Wrapped(Custom(range(8), torch.Generator().manual_seed(0)))
+        loader = DataLoader(DATA, batch_size=2, sampler=sampler)
+        if look:
+            assert visited(Points(loader)) == list(range(8))
+        orders.append(list(sampler))
+    assert orders[0] == orders[1]
+
+
+def test_names_of_classes_are_no_labels():
+    data = TensorDataset(torch.arange(3), torch.arange(3))
+    data.targets = ["cat", "dog", "cat"]
+    assert Points(DataLoader(data)).targets is None
+
+
 def test_chosen_points_come_in_their_order():
     points = Points(DataLoader(Subset(DATA, [9, 8, 7]), 2))
     assert [y.tolist() for _, y in points.batches([2, 0], "cpu")] == [[7, 9]]

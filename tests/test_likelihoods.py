@@ -102,6 +102,16 @@ def test_probabilities_add_up_and_ignore_nothing(predictive: str):
         torch.testing.assert_close(probs.sum(-1), torch.ones(5).double())
 
 
+def test_the_bridge_survives_confident_logits():
+    logits = Gaussian(torch.tensor([[60.0, -60.0, 0.0]]), torch.ones(1, 3, 2), standard_normal(8, 2, 0))
+    torch.testing.assert_close(laplace_bridge(logits)[0], torch.tensor([1.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_labels_may_be_of_any_integer_type(dtype: torch.dtype):
+    assert Classification().check(torch.zeros(2, 3), torch.tensor([0, 2], dtype=dtype)).dtype == torch.int64
+
+
 def test_uncertainties_add_up():
     prediction = ClassPrediction(gaussian(2.0))
     sampled = (prediction.logits.mean + (prediction.logits.factor @ prediction.logits.draws.T).movedim(-1, 0)).softmax(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import Case, make_case
 from safetensors.torch import save_file
-from torch import nn
 
 from lightning_ella import ELLAPredictor, fit_ella
 
@@ -107,7 +106,44 @@ def test_the_parts_are_plain_tensors_that_can_be_changed():
     torch.testing.assert_close(predictor(case.inputs).logits_variance, 3 * before)
 
 
-def test_users_modules_may_hold_it_without_registering():
-    model = nn.Sequential(nn.Linear(3, 2))
-    object.__setattr__(model, "ella", nn.Linear(1, 1))
-    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+def test_a_loaded_head_can_be_an_attribute_of_its_module(tmp_path: Path):
+    case = make_case("vit")
+    keys = list(case.model.state_dict())
+    case.model.ella = ELLAPredictor.load(fitted(case).save(tmp_path / "ella.safetensors"), case.model)
+    assert list(case.model.state_dict()) == keys
+    case.model.eval().train().to("cpu")
+    assert case.model.ella(case.inputs).probs.shape == (60, 3)
+
+
+@pytest.mark.parametrize("engine", ["forward", "layerwise"])
+@pytest.mark.parametrize("frozen", ["0", ""])
+def test_what_is_frozen_later_counts_as_at_the_fit(tmp_path: Path, engine: str, frozen: str):
+    case = make_case("mlp")
+    predictor = fitted(case, engine=engine)
+    expected = predictor(case.inputs).logits_variance
+    path = predictor.save(tmp_path / "ella.safetensors")
+    case.model.get_submodule(frozen).requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in case.model.parameters()]
+    assert predictor(case.inputs).logits_variance.equal(expected)
+    assert ELLAPredictor.load(path, case.model)(case.inputs).logits_variance.equal(expected)
+    assert [parameter.requires_grad for parameter in case.model.parameters()] == flags
+
+
+def test_what_was_frozen_at_the_fit_stays_certain(tmp_path: Path):
+    case = make_case("frozen")
+    predictor = fitted(case)
+    path = predictor.save(tmp_path / "ella.safetensors")
+    case.model.requires_grad_(True)
+    loaded = ELLAPredictor.load(path, case.model)
+    assert loaded(case.inputs).probs.equal(predictor(case.inputs).probs)
+
+
+@pytest.mark.parametrize("name", ["conv_batchnorm", "vit"])
+def test_autocast_around_it_changes_nothing(name: str):
+    case = make_case(name)
+    case.model, case.inputs = case.model.float(), case.inputs.float()
+    predictor = fitted(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = predictor(case.inputs)
+    assert inside.probs.dtype == torch.float32
+    assert inside.probs.equal(predictor(case.inputs).probs)
