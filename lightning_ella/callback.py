@@ -224,11 +224,11 @@ class ELLACallback(Callback):
 
     def _report(self, trainer: Trainer, fit: Fit) -> None:
         figures = fit.figures
+        if not _fast_dev_run(trainer):
+            log.info("ELLA: the posterior is in %s", fit.predictor.save(self._path(trainer)))
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
-        if not _fast_dev_run(trainer):
-            log.info("ELLA: the posterior is in %s", fit.predictor.save(self._path(trainer)))
         log.info(
             "ELLA: prior variance %.3g, covariance scale %.3g, %.0f s.%s",
             figures["ella/prior_variance"],

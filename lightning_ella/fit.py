@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .basis import nystrom_basis
 from .curvature import CURVATURES, curvature
 from .data import Inputs, Points, Unpack, draw, inputs_and_targets, seeded
 from .engine import ENGINES, PRECISIONS, Linearization
-from .landmarks import LANDMARKS
+from .landmarks import LANDMARKS, Landmarks
 from .likelihoods import LIKELIHOODS, Gaussian, Likelihood
 from .linearize import Forward, as_function, call, num_samples
 from .posterior import Posterior, calibrate
@@ -162,71 +163,30 @@ def run(
         linearization = linearize(model, forward, asdict(settings))
         likelihood = LIKELIHOODS[settings.likelihood]()
         generator = torch.Generator().manual_seed(settings.seed)
-        train = Points(train_loader, unpack)
-        held_out = None if calibration_loader is None else Points(calibration_loader, unpack)
+        train, held_out = _points(train_loader, calibration_loader, unpack)
         num_outputs = _check(linearization, train, held_out, settings)
 
         def visit(points: Points, numbers: list[int], what: str) -> Iterable[tuple[Inputs, Tensor]]:
             return progress(points.batches(numbers, linearization.device), f"ELLA {what}", len(numbers))
 
-        numbers, outputs = LANDMARKS[settings.landmarks](train, settings.num_landmarks, num_outputs, generator)
-
-        def gradients() -> Iterator[dict[str, Tensor]]:
-            with seeded(settings.seed):  # a second pass must see the same augmentation
-                done = 0
-                for inputs, _ in visit(train, numbers, "landmarks"):
-                    done += (size := num_samples(inputs))
-                    yield from linearization.gradients(inputs, outputs[done - size : done])
-
-        vectors, eigenvalues = nystrom_basis(
-            gradients,
-            linearization.parameters,
-            len(numbers),
-            settings.rank,
-            memory_budget=linearization.memory_budget // 2,
-            seed=settings.seed,
-        )
-        basis = _stored(vectors, linearization.parameters, settings.basis_precision)
-        points = draw(settings.num_curvature, len(train), generator)
+        landmarks = LANDMARKS[settings.landmarks](train, settings.num_landmarks, num_outputs, generator)
+        basis, eigenvalues = _basis(linearization, landmarks, partial(visit, train), settings)
         hessian = curvature(
             linearization,
-            visit(train, points, "curvature"),
+            visit(train, draw(settings.num_curvature, len(train), generator), "curvature"),
             basis,
             likelihood,
             len(train),
             how=settings.curvature,
             generator=generator,
         )
-        draws = standard_normal(settings.num_samples, len(hessian), settings.seed).to(hessian.device)
-        figures, count = {}, 0
         if held_out is None:
-            posterior = _given(hessian, settings)
+            posterior, figures, count = _given(hessian, settings), {}, 0
         else:
-            unseen = visit(held_out, draw(settings.num_calibration, len(held_out), generator), "calibration")
+            count = min(len(held_out), settings.num_calibration or len(held_out))
+            unseen = visit(held_out, draw(count, len(held_out), generator), "calibration")
             cached = [(*linearization.features(inputs, basis), targets) for inputs, targets in unseen]
-            logits, features, targets = (torch.cat(parts) for parts in zip(*cached, strict=True))
-            targets = likelihood.check(logits, targets)
-            draws = draws.to(features.dtype)
-            posterior = calibrate(
-                logits,
-                features,
-                targets,
-                hessian,
-                likelihood,
-                predictive=settings.predictive,
-                draws=draws,
-                prior_variance=settings.prior_variance,
-                covariance_scale=settings.covariance_scale,
-            )
-            factor = features @ posterior.root().to(features.dtype)
-            figures = _scores(likelihood, Gaussian(logits, factor, draws), targets, settings.predictive)
-            count = len(targets)
-            if figures["ella/nll"] > figures["map/nll"] - 1e-4:
-                log.warning(
-                    "ELLA: the calibration points ask for no uncertainty. Either the network is not overconfident, or "
-                    "it was trained on them: pass calibration_loader= a loader of data never trained on."
-                )
-
+            posterior, figures = _calibrated(cached, hessian, likelihood, settings)
         predictor = ELLAPredictor(
             model,
             basis=basis,
@@ -257,8 +217,12 @@ def check(
 ) -> None:
     """Find out, from a few points, whether a fit can work; raise an error that names the fix if not."""
     with seeded(settings.seed), as_function(model):
-        held_out = None if calibration_loader is None else Points(calibration_loader, unpack)
-        _check(linearize(model, forward, asdict(settings)), Points(train_loader, unpack), held_out, settings)
+        train, held_out = _points(train_loader, calibration_loader, unpack)
+        _check(linearize(model, forward, asdict(settings)), train, held_out, settings)
+
+
+def _points(train: DataLoader, held_out: DataLoader | None, unpack: Unpack) -> tuple[Points, Points | None]:
+    return Points(train, unpack), None if held_out is None else Points(held_out, unpack)
 
 
 def _check(linearization: Linearization, train: Points, held_out: Points | None, settings: Settings) -> int:
@@ -288,13 +252,63 @@ def _try(linearization: Linearization, points: Points, settings: Settings) -> in
     return logits.shape[1]
 
 
-def _stored(vectors: dict[str, Tensor], parameters: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
-    """V as name -> (K, *shape), each part let go of as it is converted."""
+def _basis(
+    linearization: Linearization,
+    landmarks: Landmarks,
+    visit: Callable[[list[int], str], Iterable[tuple[Inputs, Tensor]]],
+    settings: Settings,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """V, as name -> (K, *shape), and the kernel's eigenvalues (K,)."""
+
+    def gradients() -> Iterator[dict[str, Tensor]]:
+        with seeded(settings.seed):  # a second pass must see the same augmentation
+            done = 0
+            for inputs, _ in visit(landmarks.numbers, "landmarks"):
+                done += (size := num_samples(inputs))
+                yield from linearization.gradients(inputs, landmarks.outputs[done - size : done])
+
+    parameters = linearization.parameters
+    vectors, eigenvalues = nystrom_basis(
+        gradients,
+        parameters,
+        len(landmarks.numbers),
+        settings.rank,
+        memory_budget=linearization.memory_budget // 2,
+        seed=settings.seed,
+    )
     basis = {}
     for name, parameter in parameters.items():
         part = vectors.pop(name).reshape(-1, *parameter.shape)
-        basis[name] = part.bfloat16() if precision == "bf16" else part
-    return basis
+        basis[name] = part.bfloat16() if settings.basis_precision == "bf16" else part
+    return basis, eigenvalues
+
+
+def _calibrated(
+    cached: list[tuple[Tensor, Tensor, Tensor]], hessian: Tensor, likelihood: Likelihood, settings: Settings
+) -> tuple[Posterior, dict[str, float]]:
+    """The posterior with scales chosen on cached logits, features and targets, and the figures there."""
+    logits, features, targets = (torch.cat(parts) for parts in zip(*cached, strict=True))
+    targets = likelihood.check(logits, targets)
+    draws = standard_normal(settings.num_samples, len(hessian), settings.seed).to(features)
+    posterior = calibrate(
+        logits,
+        features,
+        targets,
+        hessian,
+        likelihood,
+        predictive=settings.predictive,
+        draws=draws,
+        prior_variance=settings.prior_variance,
+        covariance_scale=settings.covariance_scale,
+    )
+    factor = features @ posterior.root().to(features.dtype)
+    figures = _scores(likelihood, Gaussian(logits, factor, draws), targets, settings.predictive)
+    if figures["ella/nll"] > figures["map/nll"] - 1e-4:
+        log.warning(
+            "ELLA: the calibration points ask for no uncertainty. Either the network is not overconfident, or "
+            "it was trained on them: pass calibration_loader= a loader of data never trained on."
+        )
+    return posterior, figures
 
 
 def _given(hessian: Tensor, settings: Settings) -> Posterior:
