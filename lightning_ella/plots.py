@@ -25,7 +25,7 @@ def reliability_diagram(probs: dict[str, Tensor], targets: Tensor, num_bins: int
     for shift, (name, predicted) in enumerate(probs.items()):
         _draw_reliability(upper, lower, name, predicted.cpu(), targets.cpu(), num_bins, shift / len(probs))
     upper.set(ylabel="accuracy", ylim=(0, 1.02), title="Reliability: on the line is right")
-    upper.legend(loc="upper left")
+    upper.legend(loc="lower right")
     lower.set(xlabel="confidence (largest probability)", ylabel="share", xlim=(0, 1.02))
     return figure
 
