@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 ROOT = Path(__file__).parents[1]
+settings.register_profile("ci", derandomize=True)  # a failure there must be the same when it is run again
+if "CI" in os.environ:
+    settings.load_profile("ci")
 torch.set_num_threads(1)  # the networks are tiny: threads would only wait for each other
 
 
