@@ -114,7 +114,7 @@ class Linearization:
         """Yield, a chunk of samples at a time, name -> ∇_θ f_c(x), (b, p), with c = `outputs[i]` at the i-th input."""
         sizes = self.sizes(inputs)
         chosen = nn.functional.one_hot(outputs, sizes.num_outputs)  # (B, C)
-        for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1, rows=True)):
+        for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1, hold_rows=True)):
             gradients = self.layerwise.rows(rows(inputs, part), lambda _, part=part: chosen[part].unsqueeze(1))
             yield {name: gradients[name].squeeze(1) for name in self.parameters}
 
@@ -172,10 +172,10 @@ class Linearization:
             return self._samples(inputs, cotangents=sizes.num_outputs)
         return self._fitting(FORWARD_WORK, sizes.largest * engine.tangents_per_chunk)
 
-    def _samples(self, inputs: Inputs, cotangents: int, rows: bool = False) -> int:
-        """Samples at a time in reverse mode; `rows` of J, and a copy of them, take memory too."""
+    def _samples(self, inputs: Inputs, cotangents: int, hold_rows: bool = False) -> int:
+        """Samples at a time in reverse mode; rows of J that are held, and a copy of them, take memory too."""
         one = self.sizes(inputs).activations * (1 + cotangents) + cotangents * self.layerwise.bytes_held(inputs)
-        if rows:
+        if hold_rows:
             one += 2 * sum(parameter.nbytes for parameter in self.network.names)
         return self._fitting(REVERSE_WORK, one)
 

@@ -32,7 +32,7 @@ def test_compass_search_leaves_fixed_axes_alone():
     assert abs(best[0]) < 0.05
 
 
-def labelled(scale: float, num_points: int = 1500) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def labelled(scale: float, num_points: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits and features at points whose labels come from logits with a covariance that is `scale` times too wide."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(num_points, 3, generator=generator)
@@ -43,34 +43,19 @@ def labelled(scale: float, num_points: int = 1500) -> tuple[torch.Tensor, torch.
     return logits, features, targets.sample()
 
 
+def calibrated(scale: float, num_points: int, **options) -> Posterior:
+    logits, features, targets = labelled(scale, num_points)
+    options = {"predictive": "mc", "draws": standard_normal(512, 4, 0), **options}
+    return calibrate(logits, features, targets, torch.eye(4).double(), Classification(), **options)
+
+
 def test_calibration_recovers_the_scale_that_made_the_labels():
-    logits, features, targets = labelled(4.0)
-    posterior = calibrate(
-        logits,
-        features,
-        targets,
-        torch.eye(4).double(),
-        Classification(),
-        predictive="mc",
-        draws=standard_normal(512, 4, 0),
-        prior_variance=1e8,
-    )
+    posterior = calibrated(4.0, 1500, prior_variance=1e8)
     assert posterior.prior_variance == 1e8
     assert 2.0 < posterior.covariance_scale < 8.0
 
 
 def test_calibration_keeps_what_is_given():
-    logits, features, targets = labelled(1.0, 50)
-    posterior = calibrate(
-        logits,
-        features,
-        targets,
-        torch.eye(4).double(),
-        Classification(),
-        predictive="probit",
-        draws=standard_normal(16, 4, 0),
-        prior_variance=0.3,
-        covariance_scale=2.5,
-    )
+    posterior = calibrated(1.0, 50, predictive="probit", prior_variance=0.3, covariance_scale=2.5)
     torch.testing.assert_close(posterior.prior_variance, torch.tensor(0.3).double())
     torch.testing.assert_close(posterior.covariance_scale, torch.tensor(2.5).double())
