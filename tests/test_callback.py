@@ -107,12 +107,17 @@ def test_after_fit_the_module_is_a_bayesian_predictor(tmp_path: Path):
 
 
 def test_training_and_module_are_as_without_the_callback(tmp_path: Path):
+    class Drawing(Data):
+        def ella_train_dataloader(self):
+            torch.rand(3)  # as random_split does: the callback must not pass it on to training
+            return super().train_dataloader()
+
     def train(*callbacks: pl.Callback) -> Net:
         pl.seed_everything(0, verbose=False)
         module = Net()
         module.body[1].eval()  # a module that the user froze
         module.body[0].weight.requires_grad_(False)
-        make_trainer(tmp_path, *callbacks).fit(module, Data())
+        make_trainer(tmp_path, *callbacks).fit(module, Drawing())
         module.after = torch.rand(1)  # the global random state is the same, too
         return module
 
