@@ -8,6 +8,7 @@ B samples, S cotangents each (S = C for all of J), T positions or tokens, K colu
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,8 @@ class Rows:
 
     def times(self, basis: Tensor) -> Tensor:
         """(B, S, K) from a basis (K, p)."""
-        return self.values @ basis.T.to(self.values.dtype)
+        B, S, _ = self.values.shape  # BLAS is up to three times faster with the few rows first, in bf16
+        return (basis.to(self.values.dtype) @ self.values.flatten(0, 1).T).T.view(B, S, -1)
 
 
 class OuterProducts(Rows):
@@ -198,7 +200,8 @@ class Layerwise:
     def _terms(self, inputs: Inputs, cotangents: Cotangents) -> tuple[Tensor, Iterator[tuple[str, Rows]]]:
         """Outputs (B, C) and, by and by, what adds up to the cotangents' products with J."""
         if self._by_rule is None:
-            self._find_routes(inputs)
+            with self._without_autocast():  # its rounding would look like an error
+                self._find_routes(inputs)
         logits, calls, expanded = self._forward(inputs)
         v = cotangents(logits.detach()).to(logits)
         return logits.detach(), self._backward(inputs, logits, calls, expanded, v)
@@ -254,6 +257,9 @@ class Layerwise:
                         yield self.network.names[parameter], term
         yield from self._one_by_one(inputs, cotangents)
 
+    def _without_autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.network.device.type, enabled=False)
+
     def _has_rule(self, parameter: Tensor) -> bool:
         return self.network.names.get(parameter) in (self._by_rule or ())
 
@@ -273,7 +279,9 @@ class Layerwise:
             return vmap(pull)(v)[0]
 
         axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, inputs)
-        for name, gradients in vmap(pull_back, in_dims=(axes, 0))(inputs, cotangents).items():
+        with self._without_autocast():  # vmap knows no layer of mixed precision
+            found = vmap(pull_back, in_dims=(axes, 0))(inputs, cotangents.to(next(iter(rest.values()))))
+        for name, gradients in found.items():
             yield name, Rows(gradients)
 
     def _find_routes(self, inputs: Inputs) -> None:
@@ -298,17 +306,19 @@ class Layerwise:
             self._expanded &= self._agreeing(two)
 
     def _agreeing(self, inputs: Inputs) -> frozenset[str]:
-        """Names of the parameters whose rows for two samples are what autograd gives for each alone."""
+        """Names of the parameters whose rows for two samples are what autograd gives for each."""
+        with torch.enable_grad():
+            logits = self.network(inputs)  # of both at once: a ReLU at its kink must fall on the same side
+        v = torch.randn(2, 1, logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits)
         try:
-            with torch.enable_grad():
-                alone = [self.network(rows(inputs, slice(b, b + 1))) for b in range(2)]
-            v = torch.randn(2, 1, alone[0].shape[1], generator=torch.Generator().manual_seed(0)).to(alone[0])
             found = self.rows(inputs, lambda _: v)
         except RuntimeError:  # a shape that is not one of B samples
             return frozenset()
         agreeing = set(found)
-        for b, logits in enumerate(alone):
-            exact = torch.autograd.grad(logits, list(self.network.names), v[b], materialize_grads=True)
+        for b in range(2):
+            one = torch.zeros_like(logits)
+            one[b] = v[b]
+            exact = torch.autograd.grad(logits, list(self.network.names), one, retain_graph=True, materialize_grads=True)
             for name, gradient in zip(self.network.names.values(), exact, strict=True):
                 error = (found[name][b, 0] - gradient.flatten()).norm()
                 if not error <= 1e-3 * gradient.norm() + 1e-12:
