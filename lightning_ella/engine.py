@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .data import Inputs
+from .folding import UNFOLDED, Folding, find_folding
+from .forward_mode import ForwardMode
 from .layerwise import Cotangents, Layerwise
-from .linearize import Basis, Forward, ForwardMode, Network, call, check_logits, num_samples, rows, slices
+from .linearize import Basis, Forward, Network, call, check_logits, num_samples, rows, slices
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class Linearization:
         self._dtype = torch.bfloat16 if precision == "bf16" else None
         self.layerwise = Layerwise(self.network)
         self._sizes: Sizes | None = None
+        self._folding: Folding | None = None
         self._engines: dict[int, ForwardMode | Layerwise] = {}  # by rank
 
     @property
@@ -101,11 +104,12 @@ class Linearization:
     def features(self, inputs: Inputs, basis: Basis) -> tuple[Tensor, Tensor]:
         """Outputs f(x), (B, C), and features Ψ(x) = J(x) V, (B, C, K)."""
         engine = self._engine(inputs, basis)
+        folding, tangents = self._fold(inputs, basis)
         logits, features = [], []
         for part in slices(num_samples(inputs), self._samples_for_features(inputs, engine)):
             chunk = rows(inputs, part)
             with self._autocast(engine):
-                outputs, products = engine.features(chunk, basis)
+                outputs, products = engine.features(chunk, tangents, folding)
             logits.append(outputs if self.precision == "full" else self.network(chunk))
             features.append(products.to(logits[-1].dtype))
         return check_logits(torch.cat(logits), num_samples(inputs)), torch.cat(features)
@@ -122,10 +126,11 @@ class Linearization:
         self, inputs: Inputs, cotangents: Callable[[Tensor], Tensor], basis: Basis
     ) -> tuple[Tensor, Tensor]:
         """Outputs (B, C), and vᵀ J(x) V, (B, K), with v = `cotangents(outputs)`, (B, C): one backward pass."""
+        folding, tangents = self._fold(inputs, basis)
         logits, projections = [], []
         single: Cotangents = lambda outputs: cotangents(outputs).unsqueeze(1)  # noqa: E731
         for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1)):
-            outputs, products = self.layerwise.products(rows(inputs, part), single, basis)
+            outputs, products = self.layerwise.products(rows(inputs, part), single, tangents, folding)
             logits.append(outputs)
             projections.append(products.squeeze(1))
         return check_logits(torch.cat(logits), num_samples(inputs)), torch.cat(projections)
@@ -149,6 +154,15 @@ class Linearization:
             self._sizes = Sizes(logits.shape[1], sum(produced), max(produced))
         return self._sizes
 
+    def _fold(self, inputs: Inputs, basis: Basis) -> tuple[Folding, Basis]:
+        """Which BatchNorms to fold, and the tangents that go with it, if there is memory for them."""
+        if self._folding is None:
+            self._folding = find_folding(self.network, rows(inputs, slice(0, 1)), self.layerwise.by_rule(inputs))
+        one = next(iter(basis.values()))
+        if self._folding.numel * len(one) * one.element_size() > self.memory_budget // 4:
+            return UNFOLDED, basis
+        return self._folding, self._folding.tangents(basis)
+
     def _engine(self, inputs: Inputs, basis: Basis) -> ForwardMode | Layerwise:
         """The engine for features of this rank; forward mode only if the network has all its rules."""
         rank, outputs = len(next(iter(basis.values()))), self.sizes(inputs).num_outputs
@@ -169,12 +183,13 @@ class Linearization:
     def _samples_for_features(self, inputs: Inputs, engine: ForwardMode | Layerwise) -> int:
         sizes = self.sizes(inputs)
         if isinstance(engine, Layerwise):
-            return self._samples(inputs, cotangents=sizes.num_outputs)
+            return self._samples(inputs, sizes.num_outputs, halved=self.precision == "bf16")
         return self._fitting(FORWARD_WORK, sizes.largest * engine.tangents_per_chunk)
 
-    def _samples(self, inputs: Inputs, cotangents: int, hold_rows: bool = False) -> int:
+    def _samples(self, inputs: Inputs, cotangents: int, *, hold_rows: bool = False, halved: bool = False) -> int:
         """Samples at a time in reverse mode; rows of J that are held, and a copy of them, take memory too."""
-        one = self.sizes(inputs).activations * (1 + cotangents) + cotangents * self.layerwise.bytes_held(inputs)
+        activations = self.sizes(inputs).activations // (2 if halved else 1)
+        one = activations * (1 + cotangents) + cotangents * self.layerwise.bytes_held(inputs)
         if hold_rows:
             one += 2 * sum(parameter.nbytes for parameter in self.network.names)
         return self._fitting(REVERSE_WORK, one)

@@ -7,7 +7,7 @@ parameter. What that earns: the cost hardly depends on K, and rows of J come a b
 B samples, S cotangents each (S = C for all of J), T positions or tokens, K columns of the basis.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 
 from .data import Inputs
+from .folding import UNFOLDED, Folding
 from .linearize import Basis, Network, num_samples, rows
 
 Cotangents = Callable[[Tensor], Tensor]  # logits (B, C) -> (B, S, C)
@@ -69,8 +70,9 @@ class OuterProducts(Rows):
         """(B, S, K), by way of the rows or of the layer's response to the basis, whichever is less work."""
         _, G, So, T = self.gradients.shape
         S, d, K = self.num_cotangents, self.patches.shape[2], len(basis)
+        basis = basis.to(self.patches.dtype)
         if K * T * (d + S) < S * d * (T + K):  # multiply-adds for an output channel
-            tangents = basis.view(K, G, -1, d).to(self.patches.dtype)
+            tangents = basis.view(K, G, -1, d)
             responses = torch.einsum("bgdt,kgod->bgotk", self.patches, tangents)
             return torch.einsum("bgsot,bgotk->bsk", self.gradients.unflatten(2, (S, -1)), responses)
         size = max(1, MAX_ELEMENTS // (G * So * d))
@@ -115,6 +117,11 @@ def batch_norm(layer: nn.BatchNorm2d, inputs: Tensor, gradients: Gradients, B: i
     return scaled_channels(
         layer, normalize_batch(inputs, layer.running_mean, layer.running_var, eps=layer.eps), gradients
     )
+
+
+def folded_norm(layer: nn.BatchNorm2d, inputs: Tensor, gradients: Gradients, B: int) -> Terms:
+    """(B, channels, *), with all but the shift folded into the convolution before."""
+    yield layer.bias, Rows(torch.stack([g.sum((2, 3)) for g in gradients], 1))
 
 
 def group_norm(layer: nn.GroupNorm, inputs: Tensor, gradients: Gradients, B: int) -> Terms:
@@ -171,19 +178,22 @@ class Layerwise:
         self._by_rule: frozenset[str] | None = None
         self._expanded: frozenset[str] = frozenset()
 
-    def products(self, inputs: Inputs, cotangents: Cotangents, basis: Basis) -> tuple[Tensor, Tensor]:
-        """Outputs (B, C), and cotangents times J V, (B, S, K)."""
-        logits, terms = self._terms(inputs, cotangents)
+    def products(
+        self, inputs: Inputs, cotangents: Cotangents, basis: Basis, folding: Folding = UNFOLDED
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (B, C), and cotangents times J V, (B, S, K), from V or its folded tangents."""
+        logits, terms = self._terms(inputs, cotangents, folding)
         return logits, sum(term.times(basis[name].flatten(1)) for name, term in terms)  # type: ignore[return-value]
 
-    def features(self, inputs: Inputs, basis: Basis) -> tuple[Tensor, Tensor]:
-        """Outputs (B, C) and Ψ = J V, (B, C, K)."""
-        return self.products(inputs, lambda logits: torch.eye(logits.shape[1]).expand(len(logits), -1, -1), basis)
+    def features(self, inputs: Inputs, basis: Basis, folding: Folding = UNFOLDED) -> tuple[Tensor, Tensor]:
+        """Outputs (B, C) and Ψ = J V, (B, C, K), from V or its folded tangents."""
+        one_hot: Cotangents = lambda logits: torch.eye(logits.shape[1]).expand(len(logits), -1, -1)  # noqa: E731
+        return self.products(inputs, one_hot, basis, folding)
 
     def rows(self, inputs: Inputs, cotangents: Cotangents) -> dict[str, Tensor]:
         """Cotangents times J: parameter name -> (B, S, p)."""
         total: dict[str, Tensor] = {}
-        logits, terms = self._terms(inputs, cotangents)
+        logits, terms = self._terms(inputs, cotangents, UNFOLDED)
         for name, term in terms:
             total[name] = total[name] + term.dense() if name in total else term.dense()
         for parameter, name in self.network.names.items():
@@ -193,20 +203,26 @@ class Layerwise:
 
     def bytes_held(self, inputs: Inputs) -> int:
         """Bytes that a cotangent of a sample takes for parameters whose rows of J cannot be had layer by layer."""
-        if self._by_rule is None:
-            self._find_routes(inputs)
+        self.by_rule(inputs)
         return sum(value.nbytes for value in self._uncovered().values())
 
-    def _terms(self, inputs: Inputs, cotangents: Cotangents) -> tuple[Tensor, Iterator[tuple[str, Rows]]]:
-        """Outputs (B, C) and, by and by, what adds up to the cotangents' products with J."""
+    def by_rule(self, inputs: Inputs) -> Collection[str]:
+        """Names of the parameters that only their layer uses, and in the way that its rule says."""
         if self._by_rule is None:
             with self._without_autocast():  # its rounding would look like an error
                 self._find_routes(inputs)
-        logits, calls, expanded = self._forward(inputs)
+        return self._by_rule or ()
+
+    def _terms(
+        self, inputs: Inputs, cotangents: Cotangents, folding: Folding
+    ) -> tuple[Tensor, Iterator[tuple[str, Rows]]]:
+        """Outputs (B, C) and, by and by, what adds up to the cotangents' products with J."""
+        self.by_rule(inputs)
+        logits, calls, expanded = self._forward(inputs, folding)
         v = cotangents(logits.detach()).to(logits)
         return logits.detach(), self._backward(inputs, logits, calls, expanded, v)
 
-    def _forward(self, inputs: Inputs) -> tuple[Tensor, list[Call], dict[str, Tensor]]:
+    def _forward(self, inputs: Inputs, folding: Folding) -> tuple[Tensor, list[Call], dict[str, Tensor]]:
         """Outputs with a graph, the calls of layers, and the parameters of which each sample has its own."""
         calls: list[Call] = []
 
@@ -217,8 +233,9 @@ class Layerwise:
 
             return hook
 
+        folded = {pair.norm: folded_norm for pair in folding.pairs}
         hooks = [
-            layer.register_forward_hook(record(rule))
+            layer.register_forward_hook(record(folded.get(layer, rule)))  # type: ignore[arg-type]
             for layer in self.network.model.modules()
             if any(self._has_rule(p) for p in layer.parameters(recurse=False))
             for kind, rule in RULES.items()
@@ -228,9 +245,10 @@ class Layerwise:
         expanded = {
             n: taken[n].expand(num_samples(inputs), *taken[n].shape[1:]).requires_grad_() for n in self._expanded
         }
+        values = {name: value.requires_grad_() for name, value in folding.values().items()}
         try:
-            with torch.enable_grad():
-                logits = self.network.at(expanded, inputs)
+            with torch.enable_grad(), folding.applied():
+                logits = self.network.at(values | expanded, inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -309,16 +327,16 @@ class Layerwise:
         """Names of the parameters whose rows for two samples are what autograd gives for each."""
         with torch.enable_grad():
             logits = self.network(inputs)  # of both at once: a ReLU at its kink must fall on the same side
+            outputs = logits.unbind()
         v = torch.randn(2, 1, logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits)
         try:
             found = self.rows(inputs, lambda _: v)
         except RuntimeError:  # a shape that is not one of B samples
             return frozenset()
         agreeing = set(found)
-        for b in range(2):
-            one = torch.zeros_like(logits)
-            one[b] = v[b]
-            exact = torch.autograd.grad(logits, list(self.network.names), one, retain_graph=True, materialize_grads=True)
+        for b, output in enumerate(outputs):
+            weights = list(self.network.names)
+            exact = torch.autograd.grad(output, weights, v[b, 0], retain_graph=True, materialize_grads=True)
             for name, gradient in zip(self.network.names.values(), exact, strict=True):
                 error = (found[name][b, 0] - gradient.flatten()).norm()
                 if not error <= 1e-3 * gradient.norm() + 1e-12:

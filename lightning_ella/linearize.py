@@ -1,4 +1,4 @@
-"""The network as a function of its trainable parameters, and its derivatives in chunks that fit the memory."""
+"""The network as a function of its trainable parameters, and what is said about batches."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -106,44 +106,6 @@ class Network(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(iter(self.names)).device
-
-
-class ForwardMode:
-    """Features by forward-mode products: tangents of all parameters go through the network, many at a time.
-
-    Args:
-        network: what is differentiated.
-        tangents_per_chunk: how many at a time.
-        dtype: of the arithmetic, if not that of the weights.
-    """
-
-    def __init__(self, network: Network, tangents_per_chunk: int, dtype: torch.dtype | None = None):
-        self.network, self.tangents_per_chunk, self.dtype = network, tangents_per_chunk, dtype
-
-    def features(self, inputs: Inputs, basis: Basis) -> tuple[Tensor, Tensor]:
-        """Outputs (B, C) and Ψ = J V (B, C, K), one primal pass for each chunk of tangents."""
-        # Forward mode is slow where a weight and its tangent differ in layout: channels_last is undone here.
-        parameters = {name: self._cast(value).contiguous() for name, value in self.network.parameters_taken.items()}
-        others = {}
-        if self.dtype is not None:  # autocast does not work under vmap and jvp
-            state = self.network.model.state_dict()
-            others = {name: self._cast(value) for name, value in state.items() if name not in parameters}
-            inputs = tree_map(self._cast, inputs)
-
-        def product(tangent: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            return jvp(lambda at: self.network.at(others | at, inputs), (parameters,), (tangent,))[:2]
-
-        out_dims: Any = (None, -1)  # vmap's annotation does not know None for "the same for all tangents"
-        products = []
-        for part in slices(len(next(iter(basis.values()))), self.tangents_per_chunk):
-            tangents = {name: basis[name][part].to(value.dtype) for name, value in parameters.items()}
-            products.append(vmap(product, out_dims=out_dims)(tangents))
-        return products[0][0], torch.cat([features for _, features in products], dim=-1)
-
-    def _cast(self, leaf: Any) -> Any:
-        if self.dtype is None or not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return leaf.to(self.dtype)
 
 
 def check_logits(logits: Any, batch_size: int) -> Tensor:

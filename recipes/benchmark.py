@@ -46,14 +46,15 @@ class Job(NamedTuple):
     samples: int
 
 
-def build(config: DictConfig) -> Bench:
-    """The same network and noise in every process."""
+def build(config: DictConfig, rank: int | None = None) -> Bench:
+    """The same network and noise in every process; `rank` is that of the configuration, or 0 for no basis."""
     torch.manual_seed(0)
     network = config.networks[config.network]
     model = instantiate(network.model).eval()
     count = max(network.samples, *network.peer_batches)
     images = torch.randn(count, 3, network.size, network.size)
-    basis = {name: torch.randn(config.rank, *p.shape) / 100 for name, p in model.named_parameters()}
+    directions: int = config.rank if rank is None else rank
+    basis = {name: torch.randn(directions, *p.shape).div_(100) for name, p in model.named_parameters()}
     return Bench(model, images, basis)
 
 
@@ -196,39 +197,33 @@ def measure_memory(config: DictConfig, name: str, answer: Any) -> None:
     bench = build(config)
     with as_function(bench.model):
         bench.model(bench.images[:1])
-        before = peak_memory()
+        before = memory("VmRSS")
         try:
             jobs(config)[name](bench).run()
-            answer.send(peak_memory() - before)
+            answer.send(memory("VmHWM") - before)
         except Exception:
             answer.send(None)
 
 
 def measure_fit(config: DictConfig, answer: Any) -> None:
-    """Send the peak memory of a whole fit on noise, its seconds, and what the README's formula says."""
-    bench = build(config)
-    network = config.networks[config.network]
-    bench.basis.clear()
+    """Send the peak memory of a whole fit on noise, and its seconds; runs in a process of its own."""
+    bench = build(config, rank=0)
     count = config.num_landmarks
-    noise = torch.randn(8, 3, network.size, network.size)
-    data = TensorDataset(noise.expand(count // 8 + 1, *noise.shape).flatten(0, 1)[:count] if count > 8 else noise)
-    loader = DataLoader(
-        data, 4, collate_fn=lambda rows: (torch.stack([r[0] for r in rows]), torch.zeros(len(rows)).long())
-    )
-    bench.model(noise[:1])
-    before, started = peak_memory(), time.perf_counter()
+    images = bench.images[:1].expand(count, -1, -1, -1)  # different noise would take more memory than the fit
+    loader = DataLoader(TensorDataset(images, torch.zeros(count, dtype=torch.long)), batch_size=8)
+    bench.model(bench.images[:1])
+    before, started = memory("VmRSS"), time.perf_counter()
     fit_ella(
         bench.model,
         loader,
         num_landmarks=count,
         rank=config.rank,
-        num_curvature=2,
-        landmarks="uniform",
+        num_curvature=8,
         memory_budget=config.memory_budget,
         prior_variance=1.0,
         covariance_scale=1.0,
     )
-    answer.send((peak_memory() - before, time.perf_counter() - started))
+    answer.send((memory("VmHWM") - before, time.perf_counter() - started))
 
 
 def in_own_process(target: Callable, *arguments: Any) -> Any:
@@ -246,13 +241,13 @@ def in_own_process(target: Callable, *arguments: Any) -> Any:
         process.join()
 
 
-def peak_memory() -> int:
-    """Bytes, by the kernel's account (Linux); `getrusage` would count what the parent process held at the fork."""
+def memory(field: str) -> int:
+    """Bytes by the kernel's account (Linux): VmRSS now, VmHWM at most since the process began."""
     with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def show(config: DictConfig, times: dict[str, list[float]], failures: dict[str, str], memory: dict[str, Any]) -> dict:
+def show(config: DictConfig, times: dict[str, list[float]], failures: dict[str, str], peaks: dict[str, Any]) -> dict:
     """Print the table and the ratios that matter; return them."""
     unit = median(times["forward pass F"])
     table = Table("", "ms a sample", "F", "from … to", "peak MB", title=f"{config.network}, K = {config.rank}")
@@ -262,9 +257,9 @@ def show(config: DictConfig, times: dict[str, list[float]], failures: dict[str, 
             "ms": 1e3 * median(taken),
             "F": median(taken) / unit,
             "spread": [min(taken) / unit, max(taken) / unit],
-            "peak_bytes": memory.get(name),
+            "peak_bytes": peaks.get(name),
         }
-        row, peak = rows[name], memory.get(name)
+        row, peak = rows[name], peaks.get(name)
         spread = "{:.1f} … {:.1f}".format(*row["spread"])
         table.add_row(name, f"{row['ms']:.2f}", f"{row['F']:.1f}", spread, "" if peak is None else f"{peak / 1e6:.0f}")
     for name, reason in failures.items():
@@ -307,8 +302,8 @@ def main(config: DictConfig) -> None:
         Console().print(f"fit: peak {found[0] / 1e9:.2f} GB above the network, {found[1]:.0f} s", highlight=False)
         return
     times, failures = measure_times(config)
-    memory = {name: in_own_process(measure_memory, config, name) for name in times}
-    report = show(config, times, failures, memory)
+    peaks = {name: in_own_process(measure_memory, config, name) for name in times}
+    report = show(config, times, failures, peaks)
     (folder / "benchmark.json").write_text(json.dumps(report, indent=2))
 
 

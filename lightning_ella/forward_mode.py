@@ -1,0 +1,52 @@
+"""Forward mode: products with J that cost the same for any number of outputs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+from torch.utils._pytree import tree_map
+
+from .data import Inputs
+from .folding import UNFOLDED, Folding
+from .linearize import Basis, Network, slices
+
+
+class ForwardMode:
+    """Features by products with tangents of all parameters that go through the network, many at a time.
+
+    Args:
+        network: what is differentiated.
+        tangents_per_chunk: how many at a time.
+        dtype: of the arithmetic, if not that of the weights.
+    """
+
+    def __init__(self, network: Network, tangents_per_chunk: int, dtype: torch.dtype | None = None):
+        self.network, self.tangents_per_chunk, self.dtype = network, tangents_per_chunk, dtype
+
+    def features(self, inputs: Inputs, basis: Basis, folding: Folding = UNFOLDED) -> tuple[Tensor, Tensor]:
+        """Outputs (B, C) and Ψ = J V (B, C, K), one primal pass for each chunk of V's, or the folded, tangents."""
+        taken = self.network.parameters_taken
+        # Forward mode is slow where a weight and its tangent differ in layout: channels_last is undone here.
+        parameters = {n: self._cast(v).contiguous() for n, v in (taken | folding.values()).items() if n in basis}
+        others = {}
+        if self.dtype is not None:  # autocast does not work under vmap and jvp
+            state = self.network.model.state_dict()
+            others = {name: self._cast(value) for name, value in state.items() if name not in parameters}
+            inputs = tree_map(self._cast, inputs)
+
+        def product(tangent: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            return jvp(lambda at: self.network.at(others | at, inputs), (parameters,), (tangent,))[:2]
+
+        out_dims: Any = (None, -1)  # vmap's annotation does not know None for "the same for all tangents"
+        products = []
+        for part in slices(len(next(iter(basis.values()))), self.tangents_per_chunk):
+            tangents = {name: basis[name][part].to(value.dtype) for name, value in parameters.items()}
+            with folding.applied():
+                products.append(vmap(product, out_dims=out_dims)(tangents))
+        return products[0][0], torch.cat([features for _, features in products], dim=-1)
+
+    def _cast(self, leaf: Any) -> Any:
+        if self.dtype is None or not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return leaf.to(self.dtype)

@@ -1,0 +1,129 @@
+"""BatchNorms that are taken into the convolutions before them, and those that must not be."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from lightning_ella.engine import Linearization
+from lightning_ella.folding import find_folding
+from lightning_ella.linearize import Network, as_function
+
+
+class Net(nn.Module):
+    """Convolutions with and without biases and groups, each before a BatchNorm; `forward` may be replaced."""
+
+    def __init__(self, forward: "Callable[[Net, Tensor], Tensor] | None" = None):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+        self.replaced = forward
+        for norm in (self.bn1, self.bn2):
+            for value in (norm.weight, norm.bias, norm.running_mean):
+                nn.init.normal_(value)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.replaced is not None:
+            return self.replaced(self, x)
+        x = self.bn1(self.conv1(x)).relu_()
+        return self.head((x + self.bn2(self.conv2(x))).tanh().mean((2, 3)))
+
+
+class Doubling(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def output_used_twice(net: Net, x: Tensor) -> Tensor:
+    y = net.conv1(x)
+    return net.head((net.bn1(y) + y).tanh().mean((2, 3)))
+
+
+def called_twice(net: Net, x: Tensor) -> Tensor:
+    y = net.bn1(net.conv1(x)).tanh()
+    return net.head(net.bn2(net.conv2(net.bn2(net.conv2(y)).tanh())).mean((2, 3)))
+
+
+def weight_used_again(net: Net, x: Tensor) -> Tensor:
+    return net.head((net.bn1(net.conv1(x)) * net.conv1.weight.sum()).tanh().mean((2, 3)))
+
+
+def scale_used_again(net: Net, x: Tensor) -> Tensor:
+    return net.head((net.bn1(net.conv1(x)) * net.bn1.weight.sum()).tanh().mean((2, 3)))
+
+
+def frozen(name: str) -> Net:
+    net = Net()
+    net.get_parameter(name).requires_grad_(False)
+    return net
+
+
+def subclassed() -> Net:
+    net = Net()
+    norm, net.bn1 = net.bn1, Doubling(4)
+    net.bn1.load_state_dict(norm.state_dict())
+    return net
+
+
+NETWORKS: dict[str, tuple[Callable[[], Net], int]] = {  # and how many of its BatchNorms can be folded
+    "plain": (Net, 2),
+    "channels_last": (lambda: Net().to(memory_format=torch.channels_last), 2),
+    "frozen weight": (lambda: frozen("conv1.weight"), 1),
+    "frozen scale": (lambda: frozen("bn2.weight"), 1),
+    "another kind of BatchNorm": (subclassed, 1),
+    "output used twice": (lambda: Net(output_used_twice), 0),
+    "called twice": (lambda: Net(called_twice), 0),
+    "weight used again": (lambda: Net(weight_used_again), 0),
+    "scale used again": (lambda: Net(scale_used_again), 0),
+}
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(5, 3, 8, 8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("engine", ["forward", "layerwise"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features_are_exact_whether_or_not_it_folds(name: str, engine: str, images: Tensor):
+    make, expected = NETWORKS[name]
+    net = make().double().eval()
+    taken = {n: p.detach() for n, p in net.named_parameters() if p.requires_grad}
+    jacobian = jacrev(lambda p: functional_call(net, p, (images,)))(taken)
+    basis = {n: torch.randn(4, *p.shape, dtype=torch.float64) for n, p in taken.items()}
+    exact = sum(torch.einsum("bcp,kp->bck", jacobian[n].flatten(2), v.flatten(1)) for n, v in basis.items())
+    with as_function(net):
+        linearization = Linearization(net, engine=engine)
+        logits, features = linearization.features(images, basis)
+        _, projections = linearization.projections(images, torch.sin, basis)
+    assert linearization._folding is not None
+    assert len(linearization._folding.pairs) == expected
+    torch.testing.assert_close(logits, net(images).detach())
+    torch.testing.assert_close(features, exact)
+    torch.testing.assert_close(projections, torch.einsum("bc,bck->bk", logits.sin(), features))
+
+
+def test_it_does_not_fold_where_the_tangents_have_no_room(images: Tensor):
+    net = Net().double().eval()
+    basis = {n: torch.randn(4, *p.shape, dtype=torch.float64) for n, p in net.named_parameters()}
+    with as_function(net):
+        roomy, tight = Linearization(net), Linearization(net, memory_budget=2**12)
+        assert roomy._fold(images, basis)[0].pairs
+        assert not tight._fold(images, basis)[0].pairs
+        torch.testing.assert_close(roomy.features(images, basis), tight.features(images, basis))
+
+
+def test_the_network_is_as_before_even_after_an_error(images: Tensor):
+    net = Net().double().eval()
+    before = net(images)
+    network = Network(net)
+    with as_function(net):
+        folding = find_folding(network, images, network.names.values())
+        with pytest.raises(RuntimeError, match="broken"), folding.applied():
+            raise RuntimeError("broken")
+    assert "forward" not in vars(net.bn1)
+    assert torch.equal(net(images), before)
