@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_ella import fit_ella
 from lightning_ella.engine import Linearization, free_memory
@@ -208,9 +208,9 @@ def measure_memory(config: DictConfig, name: str, answer: Any) -> None:
 def measure_fit(config: DictConfig, answer: Any) -> None:
     """Send the peak memory of a whole fit on noise, and its seconds; runs in a process of its own."""
     bench = build(config, rank=0)
-    count = config.num_landmarks
-    images = bench.images[:1].expand(count, -1, -1, -1)  # different noise would take more memory than the fit
-    loader = DataLoader(TensorDataset(images, torch.zeros(count, dtype=torch.long)), batch_size=8)
+    count, labels = config.num_landmarks, torch.zeros(len(bench.images), dtype=torch.long)
+    again = [i % len(bench.images) for i in range(count)]  # so many different images would take more than the fit
+    loader = DataLoader(Subset(TensorDataset(bench.images, labels), again), batch_size=8)
     bench.model(bench.images[:1])
     before, started = memory("VmRSS"), time.perf_counter()
     fit_ella(
@@ -219,6 +219,7 @@ def measure_fit(config: DictConfig, answer: Any) -> None:
         num_landmarks=count,
         rank=config.rank,
         num_curvature=8,
+        landmarks="uniform",
         memory_budget=config.memory_budget,
         prior_variance=1.0,
         covariance_scale=1.0,
