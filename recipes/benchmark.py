@@ -212,6 +212,7 @@ def measure_fit(config: DictConfig, answer: Any) -> None:
     again = [i % len(bench.images) for i in range(count)]  # so many different images would take more than the fit
     loader = DataLoader(Subset(TensorDataset(bench.images, labels), again), batch_size=8)
     bench.model(bench.images[:1])
+    expected = formula(config, bench)
     before, started = memory("VmRSS"), time.perf_counter()
     fit_ella(
         bench.model,
@@ -224,7 +225,23 @@ def measure_fit(config: DictConfig, answer: Any) -> None:
         prior_variance=1.0,
         covariance_scale=1.0,
     )
-    answer.send((memory("VmHWM") - before, time.perf_counter() - started))
+    answer.send((memory("VmHWM") - before, expected, time.perf_counter() - started))
+
+
+def formula(config: DictConfig, bench: Bench) -> int:
+    """Peak memory of a fit in bytes, as in docs/engine.md."""
+    M, K, budget = config.num_landmarks, config.rank, config.memory_budget
+    P, b = sum(p.numel() for p in bench.model.parameters()), 4
+    with as_function(bench.model):
+        linearization = Linearization(bench.model)
+        a = linearization.sizes(bench.images).activations
+        linearization._fold(bench.images, {name: p.unsqueeze(0) for name, p in linearization.parameters.items()})
+        folded = linearization._folding.numel if linearization._folding else 0
+    d = P if M * P * b <= budget // 2 else min(16 * M, budget // (4 * M * b))
+    one = 2 * (P * b + a)
+    chunk = one * max(1, min(64, min(2**29, budget // 4) // one))
+    tangents = K * folded * b if K * folded * b <= budget // 4 else 0
+    return (M * d + K * P) * b + 24 * M**2 + max(chunk, tangents)
 
 
 def in_own_process(target: Callable, *arguments: Any) -> Any:
@@ -300,7 +317,13 @@ def main(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if config.fit:
         found = in_own_process(measure_fit, config)
-        Console().print(f"fit: peak {found[0] / 1e9:.2f} GB above the network, {found[1]:.0f} s", highlight=False)
+        peak, expected, seconds = found
+        Console().print(
+            f"{config.network}, M = {config.num_landmarks}, K = {config.rank}: {seconds:.0f} s, at most "
+            f"{peak / 1e9:.2f} GB above the network; {expected / 1e9:.2f} GB by the formula in docs/engine.md",
+            highlight=False,
+            soft_wrap=True,
+        )
         return
     times, failures = measure_times(config)
     peaks = {name: in_own_process(measure_memory, config, name) for name in times}

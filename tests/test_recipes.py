@@ -14,13 +14,19 @@ from PIL import Image
 QUICK = ["trainer.enable_progress_bar=false", "ella.num_landmarks=24", "ella.rank=4", "ella.num_curvature=24"]
 
 
-def train(tmp_path: Path, *overrides: str) -> tuple[dict, str]:
-    """Run recipes/train.py in `tmp_path`; return report.json and what was printed."""
-    command = [sys.executable, str(ROOT / "recipes" / "train.py"), f"hydra.run.dir={tmp_path}/run", *overrides]
+def run(recipe: str, tmp_path: Path, *overrides: str) -> str:
+    """Run a recipe in `tmp_path`; return what it printed."""
+    command = [sys.executable, str(ROOT / "recipes" / recipe), f"hydra.run.dir={tmp_path}/run", *overrides]
     environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((tmp_path / "run" / "report.json").read_text()), done.stdout
+    return done.stdout
+
+
+def train(tmp_path: Path, *overrides: str) -> tuple[dict, str]:
+    """Run recipes/train.py in `tmp_path`; return report.json and what was printed."""
+    printed = run("train.py", tmp_path, *overrides)
+    return json.loads((tmp_path / "run" / "report.json").read_text()), printed
 
 
 @pytest.fixture
@@ -74,3 +80,20 @@ def test_the_cifar_experiment_takes_any_image_folder_a_split_and_a_checkpoint(tm
     assert report["fit"]["ella/accuracy"] == pytest.approx(report["fit"]["map/accuracy"], abs=0.2)
     report, _ = train(tmp_path, *common, "trainer.fast_dev_run=true", "ella=paper")
     assert report["fit"]["ella/prior_variance"] == pytest.approx(0.04)
+
+
+def test_the_shortcuts_are_compared_on_any_image_folder(tmp_path: Path, image_folder: Path):
+    network = ["model.network.num_classes=2", "model.network.depth=8", "num_landmarks=24", "rank=4"]
+    sizes = ["num_curvature=40", "stop_every=10", "num_calibration=20", "num_test=8", "memory_budget=4000000"]
+    run("shortcuts.py", tmp_path, f"data.root={image_folder}", f"data.split={tmp_path}/split.npz", *network, *sizes)
+    rows = json.loads((tmp_path / "run" / "shortcuts.json").read_text())
+    assert 0 < rows["gradients streamed"]["median"] < 1
+    assert 0 < rows["features in bf16"]["median"] < 0.2
+    assert rows["MAP"]["nll"] > 0
+
+
+def test_the_benchmark_compares_the_memory_of_a_fit_with_the_formula(tmp_path: Path):
+    small = ["networks.resnet20.model.depth=8", "networks.resnet20.peer_batches=[2]", "networks.resnet20.samples=2"]
+    printed = run("benchmark.py", tmp_path, "fit=true", "num_landmarks=20", "rank=4", *small)
+    assert "resnet20, M = 20, K = 4" in printed
+    assert "GB by the formula" in printed
