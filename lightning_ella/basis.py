@@ -6,6 +6,7 @@ Memory beside the result, K x P numbers: the M x P rows where they fit the budge
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,9 @@ def nystrom_basis(
             "compared by sketches of %d numbers.",
             *(num_landmarks, size, memory_budget / 1e9, sketch.size),
         )
-        gram, again = _gram(torch.cat([sketch(chunk) for chunk in gradients()])), gradients
+        sketches = torch.cat([sketch(chunk) for chunk in gradients()])
+        gram, again = _gram(sketches), partial(_joined, gradients, sketches.nbytes)
+        del sketches
     eigenvalues, eigenvectors = _leading(gram, rank, torch.finfo(next(iter(parameters.values())).dtype).eps)
     combined = _combine(again(), (eigenvectors / eigenvalues.sqrt()).T, parameters)
     return _rayleigh_ritz(combined, eigenvalues, num_landmarks)
@@ -119,6 +122,17 @@ def _leading(gram: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:
     if kept < rank:
         log.warning("ELLA: the kernel has the numerical rank %d, so rank=%d is cut to %d.", kept, rank, kept)
     return eigenvalues[:kept], eigenvectors[:, :kept]
+
+
+def _joined(gradients: Callable[[], Gradients], room: int) -> Gradients:
+    """Chunks of up to `room` bytes, where they are smaller: V is read and written once for each."""
+    held: list[dict[str, Tensor]] = []
+    for chunk in gradients():
+        if held and sum(part.nbytes for one in (*held, chunk) for part in one.values()) > room:
+            yield {name: torch.cat([one.pop(name) for one in held]) for name in chunk}
+            held = []
+        held.append(chunk)
+    yield {name: torch.cat([one.pop(name) for one in held]) for name in list(held[0])}
 
 
 def _combine(chunks: Gradients, weights: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
