@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 COLUMNS = 2**13  # of R are multiplied in its own precision before they are added up in float64
 ROWS = 256  # of R Rᵀ at a time
 SKETCH_PER_LANDMARK = 16  # d / M, at most
+SKETCH_PER_DIRECTION = 10  # d / K, at least
 
 Gradients = Iterator[dict[str, Tensor]]  # chunks of landmarks: parameter name -> (b, p)
 
@@ -57,11 +58,12 @@ def nystrom_basis(
     """
     size = sum(parameter.numel() for parameter in parameters.values())
     element = next(iter(parameters.values())).element_size()
-    if num_landmarks * size * element <= memory_budget:
+    sketch_size = sketch_numbers(num_landmarks, size, element, rank, memory_budget)
+    if sketch_size is None:
         held = _hold(gradients(), parameters, num_landmarks)  # R, (M, P)
         gram, again = _gram(held), lambda: _split(held, parameters)
     else:
-        sketch = Sketch(parameters, _sketch_size(num_landmarks, size, element, memory_budget), seed)
+        sketch = Sketch(parameters, sketch_size, seed)
         log.info(
             "ELLA: %d gradients of %d numbers do not fit the memory budget of %.1f GB; they are computed twice, and "
             "compared by sketches of %d numbers.",
@@ -101,10 +103,22 @@ class Sketch:
         return total
 
 
-def _sketch_size(num_landmarks: int, size: int, element: int, memory_budget: int) -> int:
-    """d: as much as half of the budget holds, but no more than is of use."""
+def sketch_numbers(num_landmarks: int, size: int, element: int, rank: int, memory_budget: int) -> int | None:
+    """d: as much as half of the budget holds, but no more than is of use; None if the rows themselves fit it.
+
+    Raises:
+        ValueError: if the budget does not hold sketches that tell `rank` directions apart.
+    """
+    if num_landmarks * size * element <= memory_budget:
+        return None
+    least = min(size, SKETCH_PER_DIRECTION * rank)
     affordable = memory_budget // (2 * num_landmarks * element)
-    return max(1, min(size, affordable, SKETCH_PER_LANDMARK * num_landmarks))
+    if affordable < least:
+        raise ValueError(
+            f"memory_budget is too small to compare {num_landmarks} landmarks' gradients of {size} numbers for rank="
+            f"{rank}: pass at least memory_budget={4 * num_landmarks * element * least}, or fewer landmarks."
+        )
+    return min(size, affordable, SKETCH_PER_LANDMARK * num_landmarks)
 
 
 def _leading(gram: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:

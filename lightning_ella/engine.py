@@ -19,7 +19,7 @@ from .data import Inputs
 from .folding import UNFOLDED, Folding, find_folding
 from .forward_mode import ForwardMode
 from .layerwise import Cotangents, Layerwise
-from .linearize import Basis, Forward, Network, call, check_logits, num_samples, rows, slices
+from .linearize import Basis, Forward, Network, call, check_logits, hooked, num_samples, rows, slices
 
 log = logging.getLogger(__name__)
 
@@ -144,12 +144,8 @@ class Linearization:
                 produced.extend(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
             leaves = [module for module in self.network.model.modules() if not list(module.children())]
-            hooks = [module.register_forward_hook(record) for module in leaves]
-            try:
+            with hooked(leaves, record):
                 logits = self.logits(rows(inputs, slice(0, 1)))
-            finally:
-                for hook in hooks:
-                    hook.remove()
             produced.append(logits.nbytes)
             self._sizes = Sizes(logits.shape[1], sum(produced), max(produced))
         return self._sizes
@@ -167,18 +163,39 @@ class Linearization:
         """The engine for features of this rank; forward mode only if the network has all its rules."""
         rank, outputs = len(next(iter(basis.values()))), self.sizes(inputs).num_outputs
         if rank not in self._engines:
-            forward = ForwardMode(self.network, min(rank, self.tangents_per_chunk or TANGENTS), self._dtype)
             # A tangent and a cotangent cost about the same: two to three forward passes.
             name = self.choice if self.choice != "auto" else "layerwise" if outputs <= rank else "forward"
-            reason = f"C = {outputs} outputs, K = {rank} directions"
-            if name == "forward":
-                try:
-                    forward.features(rows(inputs, slice(0, 1)), {n: tangents[:1] for n, tangents in basis.items()})
-                except (NotImplementedError, RuntimeError) as error:
-                    name, reason = "layerwise", f"no forward mode: {str(error).splitlines()[0]}"
-            self._engines[rank] = forward if name == "forward" else self.layerwise
-            log.info("ELLA: features by %s mode (%s).", "forward" if name == "forward" else "layerwise reverse", reason)
+            reason, engine = f"C = {outputs} outputs, K = {rank} directions", self.layerwise
+            for dtype in dict.fromkeys((self._dtype, None)) if name == "forward" else ():
+                forward = ForwardMode(self.network, min(rank, self.tangents_per_chunk or TANGENTS), dtype)
+                if (trouble := self._trouble(forward, inputs, basis)) is None:
+                    engine = forward
+                    break
+                reason = f"no forward mode: {trouble}"
+            self._engines[rank] = engine
+            log.log(
+                logging.WARNING if name == "forward" == self.choice and engine is self.layerwise else logging.INFO,
+                "ELLA: features by %s mode (%s).",
+                "layerwise reverse" if engine is self.layerwise else "forward",
+                reason,
+            )
         return self._engines[rank]
+
+    def _trouble(self, forward: ForwardMode, inputs: Inputs, basis: Basis) -> str | None:
+        """Why forward mode cannot be used: a layer without a rule, or one whose rule is wrong under vmap."""
+        few = rows(inputs, slice(0, 2))
+        tangents = {name: part[:2] for name, part in basis.items()}
+        try:
+            logits, features = forward.features(few, tangents)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:
+            return str(error).splitlines()[0]
+        v = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(features)
+        found = torch.einsum("bc,bck->bk", v, features)
+        _, expected = self.layerwise.products(few, lambda _: v.unsqueeze(1), tangents)
+        wrong = (found - expected.squeeze(1)).norm() > 0.1 * expected.norm()
+        return "its products are not those of reverse mode" if wrong else None
 
     def _samples_for_features(self, inputs: Inputs, engine: ForwardMode | Layerwise) -> int:
         sizes = self.sizes(inputs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .basis import nystrom_basis
+from .basis import nystrom_basis, sketch_numbers
 from .curvature import CURVATURES, curvature
 from .data import Inputs, Points, Unpack, draw, inputs_and_targets, seeded
 from .engine import ENGINES, PRECISIONS, Linearization
@@ -232,6 +232,14 @@ def _check(linearization: Linearization, train: Points, held_out: Points | None,
             f"num_landmarks={settings.num_landmarks}, but there are only {len(train)} training points: "
             f"pass num_landmarks={len(train)} or less."
         )
+    weights = list(linearization.parameters.values())
+    sketch_numbers(
+        settings.num_landmarks,
+        sum(weight.numel() for weight in weights),
+        weights[0].element_size(),
+        settings.rank,
+        linearization.memory_budget // 2,
+    )
     num_outputs = _try(linearization, train, settings)
     if held_out is not None:
         _try(linearization, held_out, settings)

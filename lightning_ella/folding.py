@@ -5,16 +5,20 @@ function of the original ones, so by the chain rule J V is the folded network's 
 derivative along V: the folded tangents.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .data import Inputs
-from .linearize import Basis, Network
+from .linearize import Basis, Network, hooked, is_plain
 
 
 @dataclass(frozen=True)
@@ -83,31 +87,53 @@ UNFOLDED = Folding({})
 
 
 def find_folding(network: Network, inputs: Inputs, names: Collection[str]) -> Folding:
-    """Find what can be folded, by a forward pass: pairs whose parameters are all among `names`, if outputs agree."""
+    """Find what can be folded, by a forward pass that looks at who uses what.
+
+    In a pair the convolution's output goes into the BatchNorm and nowhere else, no parameter of either is used twice,
+    and all of them are among `names`. Comparing outputs instead would not do: networks with equal outputs at these
+    weights and inputs can differ in their derivatives.
+    """
     produced: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: list[Pair] = []
 
     def record(layer: nn.Module, args: tuple, output: Tensor) -> None:
-        if type(layer) is nn.Conv2d:
+        if isinstance(layer, nn.Conv2d):
             produced[id(output)] = layer, output
-        elif type(layer) is nn.BatchNorm2d and layer.affine and layer.track_running_stats and id(args[0]) in produced:
-            pair = Pair(produced[id(args[0])][0], layer)
-            if all(network.names.get(parameter) in names for parameter in pair.parameters):
-                pairs.append(pair)
+        elif isinstance(layer, nn.BatchNorm2d) and args and id(args[0]) in produced:
+            pairs.append(Pair(produced[id(args[0])][0], layer))
 
-    hooks = [layer.register_forward_hook(record) for layer in network.model.modules()]
-    try:
-        expected = network(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if len({id(pair.conv) for pair in pairs}) < len(pairs) or len({id(pair.norm) for pair in pairs}) < len(pairs):
-        return UNFOLDED  # a layer that is called twice
-    folding = Folding(network.names, pairs)
-    with folding.applied():
-        found = network.at(folding.values(), inputs)
-    same = (found - expected).abs().max() <= 1e-4 * expected.abs().max()
-    return folding if same else UNFOLDED
+    layers = [m for m in network.model.modules() if not m._forward_hooks and not m._forward_pre_hooks]
+    convolutions = [layer for layer in layers if is_plain(layer, nn.Conv2d)]
+    norms = [n for n in layers if is_plain(n, nn.BatchNorm2d) and n.affine and n.track_running_stats]
+    with hooked([*convolutions, *norms], record), Uses() as uses:
+        network(inputs)
+    outputs = {id(conv): output for conv, output in produced.values()}
+    return Folding(
+        network.names,
+        [
+            pair
+            for pair in pairs
+            if all(network.names.get(parameter) in names for parameter in pair.parameters)
+            and all(uses.count[id(tensor)] == 1 for tensor in (outputs[id(pair.conv)], *pair.parameters))
+        ],
+    )
+
+
+class Uses(TorchFunctionMode):
+    """Counts how many tensors were made from each tensor, by the tensor's id; ids are not reused meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.count: Counter[int] = Counter()
+        self._kept: list[Any] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Call `function`, and count its arguments if it gives tensors: asking for a shape is no use."""
+        result = function(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            self._kept.append((args, kwargs))
+            self.count.update({id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)})
+        return result
 
 
 def _mean(norm: nn.BatchNorm2d) -> Tensor:

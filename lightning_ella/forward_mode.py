@@ -31,8 +31,9 @@ class ForwardMode:
         parameters = {n: self._cast(v).contiguous() for n, v in (taken | folding.values()).items() if n in basis}
         others = {}
         if self.dtype is not None:  # autocast does not work under vmap and jvp
-            state = self.network.model.state_dict()
-            others = {name: self._cast(value) for name, value in state.items() if name not in parameters}
+            model = self.network.model
+            rest = dict(model.named_parameters()) | dict(model.named_buffers())
+            others = {name: self._cast(value.detach()) for name, value in rest.items() if name not in parameters}
             inputs = tree_map(self._cast, inputs)
 
         def product(tangent: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,10 @@ parameter. What that earns: the cost hardly depends on K, and rows of J come a b
 B samples, S cotangents each (S = C for all of J), T positions or tokens, K columns of the basis.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -24,10 +25,9 @@ from torch.utils._pytree import tree_map
 
 from .data import Inputs
 from .folding import UNFOLDED, Folding
-from .linearize import Basis, Network, num_samples, rows
+from .linearize import Basis, Network, hooked, is_plain, num_samples, rows
 
 Cotangents = Callable[[Tensor], Tensor]  # logits (B, C) -> (B, S, C)
-Gradients = Sequence[Tensor]  # S gradients of a layer's output, each of its shape
 
 MAX_ELEMENTS = 2**22  # of J, for one layer, held at a time: what stays in a cache
 
@@ -36,7 +36,7 @@ class Rows:
     """Rows of J for one parameter, (B, S, p)."""
 
     def __init__(self, values: Tensor):
-        self.values = values.flatten(2)
+        self.values = values.reshape(*values.shape[:2], -1)
 
     def dense(self) -> Tensor:
         """(B, S, p)."""
@@ -83,19 +83,25 @@ class OuterProducts(Rows):
 Terms = Iterator[tuple[Tensor | None, Rows]]  # a parameter, and what this call of its layer adds to its rows
 
 
-def linear(layer: nn.Linear, inputs: Tensor, gradients: Gradients, B: int) -> Terms:
+def linear(layer: nn.Linear, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
     """(B, *, in) to (B, *, out)."""
     patches = inputs.reshape(B, 1, -1, layer.in_features).mT
-    g = torch.stack([gradient.reshape(B, -1, layer.out_features) for gradient in gradients], 1)  # (B, S, T, o)
-    yield layer.weight, OuterProducts(g.mT.flatten(1, 2).unsqueeze(1), patches, len(gradients))
+    g = by_token(gradients, B, layer.out_features)  # (B, S, T, o)
+    yield layer.weight, OuterProducts(g.mT.flatten(1, 2).unsqueeze(1), patches, g.shape[1])
     if layer.bias is not None:
         yield layer.bias, Rows(g.sum(2))
 
 
-def conv2d(layer: nn.Conv2d, inputs: Tensor, gradients: Gradients, B: int) -> Terms:
+def by_token(gradients: Tensor, B: int, width: int) -> Tensor:
+    """(B, S, *, width), or (B * T, S, *, width) where tokens are along the first axis, to (B, S, T, width)."""
+    S = gradients.shape[1]
+    return gradients.reshape(B, -1, S, gradients[0, 0].numel() // width, width).transpose(1, 2).flatten(2, 3)
+
+
+def conv2d(layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
     """(B, in, H, W) to (B, out, H', W')."""
-    G, S = layer.groups, len(gradients)
-    g = torch.stack(list(gradients), 1).flatten(3)  # (B, S, out, T)
+    G, S = layer.groups, gradients.shape[1]
+    g = gradients.flatten(3)  # (B, S, out, T)
     grouped = g.unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3)  # (B, G, S * o, T)
     yield layer.weight, OuterProducts(grouped, sliding_windows(layer, inputs).unflatten(1, (G, -1)), S)
     if layer.bias is not None:
@@ -112,39 +118,40 @@ def sliding_windows(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
     return windows.permute(0, 1, 4, 5, 2, 3).flatten(1, 3).flatten(2)
 
 
-def batch_norm(layer: nn.BatchNorm2d, inputs: Tensor, gradients: Gradients, B: int) -> Terms:
+def batch_norm(layer: nn.BatchNorm2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
     """(B, channels, *), with the running statistics."""
     return scaled_channels(
         layer, normalize_batch(inputs, layer.running_mean, layer.running_var, eps=layer.eps), gradients
     )
 
 
-def folded_norm(layer: nn.BatchNorm2d, inputs: Tensor, gradients: Gradients, B: int) -> Terms:
+def folded_norm(layer: nn.BatchNorm2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
     """(B, channels, *), with all but the shift folded into the convolution before."""
-    yield layer.bias, Rows(torch.stack([g.sum((2, 3)) for g in gradients], 1))
+    yield layer.bias, Rows(gradients.sum((3, 4)))
 
 
-def group_norm(layer: nn.GroupNorm, inputs: Tensor, gradients: Gradients, B: int) -> Terms:
+def group_norm(layer: nn.GroupNorm, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
     """(B, channels, *)."""
     return scaled_channels(layer, normalize_groups(inputs, layer.num_groups, eps=layer.eps), gradients)
 
 
-def scaled_channels(layer: Any, normalized: Tensor, gradients: Gradients) -> Terms:
-    """Scale and shift of the second axis of (B, channels, *)."""
-    shape = (*normalized.shape[:2], -1)
-    yield layer.weight, Rows(torch.stack([(g * normalized).reshape(shape).sum(2) for g in gradients], 1))
-    yield layer.bias, Rows(torch.stack([g.reshape(shape).sum(2) for g in gradients], 1))
+def scaled_channels(layer: Any, normalized: Tensor, gradients: Tensor) -> Terms:
+    """Scale and shift of the channels of (B, channels, *)."""
+    g = gradients.flatten(3) if gradients.ndim > 3 else gradients.unsqueeze(3)  # (B, S, channels, T)
+    x = normalized.reshape(*normalized.shape[:2], -1, 1)  # (B, channels, T, 1)
+    yield layer.weight, Rows((g.transpose(1, 2) @ x).squeeze(3).transpose(1, 2))
+    yield layer.bias, Rows(g.sum(3))
 
 
-def layer_norm(layer: nn.LayerNorm, inputs: Tensor, gradients: Gradients, B: int) -> Terms:
+def layer_norm(layer: nn.LayerNorm, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
     """(B, *, normalized shape)."""
-    shape = (B, -1, layer.weight.numel())
     normalized = normalize_layer(inputs, layer.normalized_shape, eps=layer.eps)
-    yield layer.weight, Rows(torch.stack([(g * normalized).reshape(shape).sum(1) for g in gradients], 1))
-    yield layer.bias, Rows(torch.stack([g.reshape(shape).sum(1) for g in gradients], 1))
+    g = by_token(gradients, B, layer.weight.numel())  # (B, S, T, width)
+    yield layer.weight, Rows((g * normalized.reshape(B, 1, *g.shape[2:])).sum(2))
+    yield layer.bias, Rows(g.sum(2))
 
 
-Rule = Callable[[Any, Tensor, Gradients, int], Terms]
+Rule = Callable[[Any, Tensor, Tensor, int], Terms]  # layer, its input, gradients (n, S, *) of its output, B
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: linear,
     nn.Conv2d: conv2d,
@@ -163,6 +170,21 @@ class Call:
     rule: Rule
     inputs: Tensor
     output: Any
+    length: int  # of the output's first axis
+
+
+def pull_back(logits: Tensor, targets: list, cotangents: Tensor) -> list[Tensor | None]:
+    """Gradients (n, S, *) of each target (n, *) for cotangents (B, S, C); None where the logits do not depend on it."""
+    S = cotangents.shape[1]
+    stacked: list[Tensor | None] = [None] * len(targets)
+    for s, v in enumerate(cotangents.unbind(1) if targets else ()):
+        found = torch.autograd.grad(logits, targets, v, retain_graph=s < S - 1, allow_unused=True)
+        for i, gradient in enumerate(found):
+            if gradient is not None:
+                if stacked[i] is None:
+                    stacked[i] = gradient.new_empty(len(gradient), S, *gradient.shape[1:])
+                stacked[i][:, s] = gradient  # type: ignore[index] - not None by now
+    return stacked
 
 
 class Layerwise:
@@ -170,20 +192,23 @@ class Layerwise:
 
     Each parameter takes one of three routes, found out once from two samples:
     a rule for its layer; where it has a first axis of length 1 (class tokens, position embeddings), a copy for each
-    sample; else, a backward pass for each sample, which is slow but always right.
+    sample; else, a backward pass for each sample, which is slow: of all samples at once by vmap where that is right
+    (it is not for every layer), else in a loop.
     """
 
     def __init__(self, network: Network):
         self.network = network
         self._by_rule: frozenset[str] | None = None
         self._expanded: frozenset[str] = frozenset()
+        self._loop = False
+        self._lengths: set[tuple[nn.Module, Fraction]] | None = None  # of each layer's output, in samples
 
     def products(
         self, inputs: Inputs, cotangents: Cotangents, basis: Basis, folding: Folding = UNFOLDED
     ) -> tuple[Tensor, Tensor]:
         """Outputs (B, C), and cotangents times J V, (B, S, K), from V or its folded tangents."""
         logits, terms = self._terms(inputs, cotangents, folding)
-        return logits, sum(term.times(basis[name].flatten(1)) for name, term in terms)  # type: ignore[return-value]
+        return logits, sum(term.times(basis[name].reshape(len(basis[name]), -1)) for name, term in terms)  # type: ignore[return-value]
 
     def features(self, inputs: Inputs, basis: Basis, folding: Folding = UNFOLDED) -> tuple[Tensor, Tensor]:
         """Outputs (B, C) and Ψ = J V, (B, C, K), from V or its folded tangents."""
@@ -226,50 +251,41 @@ class Layerwise:
         """Outputs with a graph, the calls of layers, and the parameters of which each sample has its own."""
         calls: list[Call] = []
 
-        def record(rule: Rule) -> Callable[[nn.Module, tuple, Tensor], None]:
-            def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
-                if args and output.requires_grad:
-                    calls.append(Call(layer, rule, args[0].detach(), get_gradient_edge(output)))
+        def record(layer: nn.Module, args: tuple, output: Tensor) -> None:
+            if args and output.requires_grad:
+                calls.append(Call(layer, rules[layer], args[0].detach(), get_gradient_edge(output), len(output)))
 
-            return hook
-
-        folded = {pair.norm: folded_norm for pair in folding.pairs}
-        hooks = [
-            layer.register_forward_hook(record(folded.get(layer, rule)))  # type: ignore[arg-type]
+        rules: dict[nn.Module, Rule] = {
+            layer: rule
             for layer in self.network.model.modules()
-            if any(self._has_rule(p) for p in layer.parameters(recurse=False))
-            for kind, rule in RULES.items()
-            if isinstance(layer, kind)
-        ]
+            if any(self._has_rule(p) for p in layer.parameters(recurse=False)) and (rule := _rule(layer))
+        } | {pair.norm: folded_norm for pair in folding.pairs}
         taken = self.network.parameters_taken
         expanded = {
             n: taken[n].expand(num_samples(inputs), *taken[n].shape[1:]).requires_grad_() for n in self._expanded
         }
         values = {name: value.requires_grad_() for name, value in folding.values().items()}
-        try:
-            with torch.enable_grad(), folding.applied():
-                logits = self.network.at(values | expanded, inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with hooked(rules, record), torch.enable_grad(), folding.applied():
+            logits = self.network.at(values | expanded, inputs)
+        irregular = _lengths(calls, len(logits)) - self._lengths if self._lengths is not None else ()
+        if irregular:  # its number of rows depends on the data, so they cannot be told apart by sample
+            taken_back = {self.network.names.get(p) for layer, _ in irregular for p in layer.parameters(recurse=False)}
+            self._by_rule, self._loop = self._by_rule - taken_back, True  # type: ignore[operator]
+            return self._forward(inputs, folding)
         return logits, calls, expanded
 
     def _backward(
         self, inputs: Inputs, logits: Tensor, calls: list[Call], expanded: dict[str, Tensor], cotangents: Tensor
     ) -> Iterator[tuple[str, Rows]]:
-        targets = [call.output for call in calls] + list(expanded.values())
-        passes = [
-            list(torch.autograd.grad(logits, targets, v, retain_graph=True, allow_unused=True))
-            for v in (cotangents.unbind(1) if targets else ())
-        ]
+        gradients_of = pull_back(logits, [call.output for call in calls] + list(expanded.values()), cotangents)
         B = len(logits)
         del logits
         for name in reversed(expanded):
-            if (gradients := [p.pop() for p in passes])[0] is not None:
-                yield name, Rows(torch.stack(gradients, 1))
+            if (gradients := gradients_of.pop()) is not None:
+                yield name, Rows(gradients)
         while calls:  # let go of each layer's gradients as soon as they are contracted
-            layer_call, gradients = calls.pop(), [p.pop() for p in passes]
-            if gradients[0] is not None:
+            layer_call, gradients = calls.pop(), gradients_of.pop()
+            if gradients is not None:
                 for parameter, term in layer_call.rule(layer_call.layer, layer_call.inputs, gradients, B):
                     if parameter is not None and self._has_rule(parameter):
                         yield self.network.names[parameter], term
@@ -290,17 +306,32 @@ class Layerwise:
         rest = self._uncovered()
         if not rest:
             return
+        cotangents = cotangents.to(next(iter(rest.values())))
+        with self._without_autocast():  # vmap knows no layer of mixed precision
+            found = (self._in_a_loop if self._loop else self._by_vmap)(inputs, cotangents, rest)
+        for name, gradients in found.items():
+            yield name, Rows(gradients)
 
+    def _by_vmap(self, inputs: Inputs, cotangents: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         def pull_back(sample: Inputs, v: Tensor) -> dict[str, Tensor]:
             one = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, sample)
-            pull = vjp(lambda values: self.network.at(values, one).squeeze(0), rest)[1]
+            pull = vjp(lambda values: self.network.at(values, one).squeeze(0), parameters)[1]
             return vmap(pull)(v)[0]
 
         axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, inputs)
-        with self._without_autocast():  # vmap knows no layer of mixed precision
-            found = vmap(pull_back, in_dims=(axes, 0))(inputs, cotangents.to(next(iter(rest.values()))))
-        for name, gradients in found.items():
-            yield name, Rows(gradients)
+        return vmap(pull_back, in_dims=(axes, 0))(inputs, cotangents)
+
+    def _in_a_loop(self, inputs: Inputs, cotangents: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights = [weight for weight, name in self.network.names.items() if name in parameters]
+        found = []
+        for b, vs in enumerate(cotangents):
+            with torch.enable_grad():
+                output = self.network(rows(inputs, slice(b, b + 1)))[0]
+            found += [torch.autograd.grad(output, weights, v, retain_graph=True, materialize_grads=True) for v in vs]
+        return {
+            self.network.names[weight]: torch.stack(gradients).unflatten(0, cotangents.shape[:2])
+            for weight, gradients in zip(weights, zip(*found, strict=True), strict=True)
+        }
 
     def _find_routes(self, inputs: Inputs) -> None:
         """Find out which parameters the rules give the right gradients of.
@@ -322,6 +353,8 @@ class Layerwise:
         )
         if self._expanded:
             self._expanded &= self._agreeing(two)
+        self._loop = bool(self._uncovered()) and not self._uncovered().keys() <= self._agreeing(two)
+        self._lengths = _lengths(self._forward(two, UNFOLDED)[1], num_samples(two))
 
     def _agreeing(self, inputs: Inputs) -> frozenset[str]:
         """Names of the parameters whose rows for two samples are what autograd gives for each."""
@@ -331,7 +364,7 @@ class Layerwise:
         v = torch.randn(2, 1, logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits)
         try:
             found = self.rows(inputs, lambda _: v)
-        except RuntimeError:  # a shape that is not one of B samples
+        except (RuntimeError, TypeError, ValueError):  # a shape that is not one of B samples, or beyond vmap
             return frozenset()
         agreeing = set(found)
         for b, output in enumerate(outputs):
@@ -342,3 +375,11 @@ class Layerwise:
                 if not error <= 1e-3 * gradient.norm() + 1e-12:
                     agreeing.discard(name)
         return frozenset(agreeing)
+
+
+def _rule(layer: nn.Module) -> Rule | None:
+    return next((rule for kind, rule in RULES.items() if is_plain(layer, kind)), None)
+
+
+def _lengths(calls: list[Call], num_samples: int) -> set[tuple[nn.Module, Fraction]]:
+    return {(call.layer, Fraction(call.length, num_samples)) for call in calls}

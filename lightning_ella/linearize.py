@@ -1,7 +1,7 @@
 """The network as a function of its trainable parameters, and what is said about batches."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -55,6 +55,25 @@ def as_function(model: nn.Module, names: Collection[str] = ()) -> Iterator[None]
                 parameter.requires_grad_(False)
             for module in training:
                 module.training = True
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, tuple, Any], None]) -> Iterator[None]:
+    """Call `hook(module, args, output)` after each call of a module; scripted ones take no hooks."""
+    handles = []
+    try:
+        for module in modules:
+            if not isinstance(module, torch.jit.ScriptModule):
+                handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what a `kind` does, its hooks aside."""
+    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
 
 
 class Network(nn.Module):

@@ -1,13 +1,13 @@
 """Which engine is chosen, and what each can differentiate."""
 
 import logging
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import TinyViT, conv_batchnorm, flat, make_case
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ella import fit_ella
@@ -91,6 +91,62 @@ class BufferedScale(nn.Module):
         return self.head(x * self.scale)
 
 
+class Recurrent(nn.Module):
+    """A layer that vmap does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(x)[1][0])
+
+
+class Packed(nn.Module):
+    """A layer that sees only the tokens that are not zero: how many depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        real = x[..., 0] != 0
+        y = torch.zeros_like(x).index_put(real.nonzero(as_tuple=True), self.inner(x[real]).tanh())
+        return self.head(y.sum(1))
+
+
+class Tuple(nn.Linear):
+    """Called like a Linear, but gives something else."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(input).tanh(), None
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = Tuple(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x)[0])
+
+
+def tokens(lengths: list[int]) -> Tensor:
+    x = torch.randn(5, 4, 4)
+    for sample, length in zip(x, lengths, strict=True):
+        sample[length:] = 0
+    return x
+
+
+def dense_jacobian(model: nn.Module, x: Tensor) -> Tensor:
+    """(B, C, P), an output at a time."""
+    with sdpa_kernel(SDPBackend.MATH):
+        outputs = model(x)
+    weights = list(model.parameters())
+    gradients = [torch.autograd.grad(f, weights, retain_graph=True, materialize_grads=True) for f in outputs.flatten()]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in gradients]).unflatten(0, outputs.shape)
+
+
 def convolutions() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
@@ -120,6 +176,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "windows": (Windows, lambda: torch.randn(5, *IMAGE)),
     "residual_in_place": (ResidualInPlace, lambda: torch.randn(5, 4)),
     "buffer": (BufferedScale, lambda: torch.randn(5, 4)),
+    "prelu": (lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU(), nn.Linear(4, 3)), lambda: torch.randn(5, 6)),
+    "recurrent": (Recurrent, lambda: torch.randn(5, 6, 4)),
+    "packed": (Packed, lambda: tokens([4, 2, 2, 3, 4])),
+    "packed, not a multiple": (Packed, lambda: tokens([4, 4, 2, 3, 4])),
+    "subclass": (Odd, lambda: torch.randn(5, 4)),
 }
 
 
@@ -136,9 +197,7 @@ def test_every_kind_of_layer_gives_the_dense_jacobian(name: str, engine: str, ra
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    with sdpa_kernel(SDPBackend.MATH):
-        blocks = jacrev(lambda p: functional_call(model, p, (x,)))(parameters)
-    J = torch.cat([block.flatten(2) for block in blocks.values()], -1).detach()  # (B, C, P)
+    J = dense_jacobian(model, x)
     basis = {name: torch.randn(rank, *p.shape, dtype=torch.float64) for name, p in parameters.items()}
     with as_function(model):
         linearization = Linearization(model, engine=engine, samples_per_chunk=2)
@@ -199,6 +258,40 @@ def test_the_cheaper_engine_is_chosen_and_said(caplog: pytest.LogCaptureFixture)
             linearization.features(case.inputs, basis)
     assert "features by forward mode (C = 3 outputs, K = 2 directions)" in caplog.text
     assert "features by layerwise reverse mode (C = 3 outputs, K = 3 directions)" in caplog.text
+
+
+@pytest.mark.parametrize("outputs", [3, 30])
+def test_bf16_knows_tied_weights_and_buffers_that_are_not_saved(outputs: int):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, outputs))
+    model[1].weight = model[0].weight
+    model.register_buffer("shift", torch.ones(6), persistent=False)
+    model.get_extra_state = lambda: {"a": 1}  # type: ignore[method-assign]
+    basis = {name: torch.randn(4, *p.shape) for name, p in model.named_parameters()}
+    x = torch.randn(5, 6)
+    with as_function(model):
+        half, full = (
+            Linearization(model, lambda m, x: m(x + m.shift), precision=precision).features(x, basis)[1]
+            for precision in ("bf16", "full")
+        )
+    assert 0 < (half - full).norm() < 0.05 * full.norm()
+
+
+def test_a_scripted_layer_is_differentiated_without_hooks():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    scripted = nn.Sequential(model[0], model[1], _scripted(model[2]))
+    x, basis = torch.randn(5, 4).double(), {n: torch.randn(2, *p.shape).double() for n, p in model.named_parameters()}
+    found = []
+    for network in (model, scripted):
+        with as_function(network):
+            found.append(Linearization(network, engine="layerwise").features(x, basis)[1])
+        assert not any(module._forward_hooks for module in network.modules())
+    torch.testing.assert_close(*found)
+
+
+def _scripted(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(layer)
 
 
 def test_chunks_shrink_with_the_memory_budget():

@@ -135,6 +135,14 @@ def test_a_small_memory_budget_gives_nearly_the_same_posterior(caplog: pytest.Lo
     assert 0.8 < ratio.median() < 1.2
 
 
+def test_a_memory_budget_that_is_too_small_is_refused_with_the_smallest_that_is_not():
+    case = make_case("vit", 60)
+    options = {"num_landmarks": 40, "rank": 10, **GIVEN}
+    with pytest.raises(ValueError, match="pass at least memory_budget=128000,"):
+        fit_ella(case.model, case.loader(), memory_budget=1000, **options)
+    assert fit_ella(case.model, case.loader(), memory_budget=128_000, **options).rank == 10
+
+
 def test_a_seed_fixes_the_posterior_to_the_last_bit(case: Case):
     def fit(seed: int) -> ELLAPredictor:
         torch.rand(1)  # the global state does not matter

@@ -19,7 +19,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4)
         self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4)
-        self.head = nn.Linear(4, 3)
+        self.head, self.gate = nn.Linear(4, 3), Gated()
         self.replaced = forward
         for norm in (self.bn1, self.bn2):
             for value in (norm.weight, norm.bias, norm.running_mean):
@@ -31,6 +31,17 @@ class Net(nn.Module):
             return self.replaced(self, x)
         x = self.bn1(self.conv1(x)).relu_()
         return self.head((x + self.bn2(self.conv2(x))).tanh().mean((2, 3)))
+
+
+class Gated(nn.Module):
+    """Multiplied by zero, so that its value says nothing about its derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.alpha * x
 
 
 class Doubling(nn.BatchNorm2d):
@@ -48,6 +59,19 @@ def called_twice(net: Net, x: Tensor) -> Tensor:
     return net.head(net.bn2(net.conv2(net.bn2(net.conv2(y)).tanh())).mean((2, 3)))
 
 
+def changed_in_place(net: Net, x: Tensor) -> Tensor:
+    return net.head(net.bn1(nn.functional.hardtanh_(net.conv1(x))).tanh().mean((2, 3)))
+
+
+def used_again_behind_a_gate(net: Net, x: Tensor) -> Tensor:
+    y = net.conv1(x)
+    return net.head((net.bn1(y.clone()) + net.gate(y * net.bn1(y))).tanh().mean((2, 3)))
+
+
+def called_by_keyword(net: Net, x: Tensor) -> Tensor:
+    return net.head(net.bn1(input=net.conv1(x)).tanh().mean((2, 3)))
+
+
 def weight_used_again(net: Net, x: Tensor) -> Tensor:
     return net.head((net.bn1(net.conv1(x)) * net.conv1.weight.sum()).tanh().mean((2, 3)))
 
@@ -59,6 +83,18 @@ def scale_used_again(net: Net, x: Tensor) -> Tensor:
 def frozen(name: str) -> Net:
     net = Net()
     net.get_parameter(name).requires_grad_(False)
+    return net
+
+
+def patched() -> Net:
+    net = Net()
+    net.bn1.forward = lambda x, forward=net.bn1.forward: 2 * forward(x)
+    return net
+
+
+def hooked() -> Net:
+    net = Net()
+    net.conv1.register_forward_hook(lambda layer, args, output: output.tanh())
     return net
 
 
@@ -75,8 +111,13 @@ NETWORKS: dict[str, tuple[Callable[[], Net], int]] = {  # and how many of its Ba
     "frozen weight": (lambda: frozen("conv1.weight"), 1),
     "frozen scale": (lambda: frozen("bn2.weight"), 1),
     "another kind of BatchNorm": (subclassed, 1),
+    "patched": (patched, 1),
+    "hooked": (hooked, 1),
+    "changed in place": (lambda: Net(changed_in_place), 0),
+    "used again behind a gate": (lambda: Net(used_again_behind_a_gate), 0),
+    "called by keyword": (lambda: Net(called_by_keyword), 0),
     "output used twice": (lambda: Net(output_used_twice), 0),
-    "called twice": (lambda: Net(called_twice), 0),
+    "called twice": (lambda: Net(called_twice), 1),
     "weight used again": (lambda: Net(weight_used_again), 0),
     "scale used again": (lambda: Net(scale_used_again), 0),
 }
@@ -84,7 +125,9 @@ NETWORKS: dict[str, tuple[Callable[[], Net], int]] = {  # and how many of its Ba
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    """The first of them so small that nothing saturates."""
+    scale = torch.tensor([1e-3, 1, 2, 3, 4], dtype=torch.float64).view(-1, 1, 1, 1)
+    return scale * torch.randn(5, 3, 8, 8, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("engine", ["forward", "layerwise"])
@@ -95,13 +138,14 @@ def test_features_are_exact_whether_or_not_it_folds(name: str, engine: str, imag
     taken = {n: p.detach() for n, p in net.named_parameters() if p.requires_grad}
     jacobian = jacrev(lambda p: functional_call(net, p, (images,)))(taken)
     basis = {n: torch.randn(4, *p.shape, dtype=torch.float64) for n, p in taken.items()}
-    exact = sum(torch.einsum("bcp,kp->bck", jacobian[n].flatten(2), v.flatten(1)) for n, v in basis.items())
+    exact = sum(torch.einsum("bcp,kp->bck", jacobian[n].reshape(5, 3, -1), v.view(4, -1)) for n, v in basis.items())
     with as_function(net):
         linearization = Linearization(net, engine=engine)
         logits, features = linearization.features(images, basis)
         _, projections = linearization.projections(images, torch.sin, basis)
     assert linearization._folding is not None
     assert len(linearization._folding.pairs) == expected
+    assert ("forward" in vars(net.bn1)) == (name == "patched")
     torch.testing.assert_close(logits, net(images).detach())
     torch.testing.assert_close(features, exact)
     torch.testing.assert_close(projections, torch.einsum("bc,bck->bk", logits.sin(), features))
