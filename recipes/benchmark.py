@@ -94,11 +94,11 @@ def paper_gradient(bench: Bench, samples: int) -> Job:
 
 def laplace_torch(bench: Bench) -> Any:
     """Its ELLA, with the basis set by hand."""
-    from laplace import Laplace
-    from laplace.curvature import AsdlGGN
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from laplace import Laplace
+        from laplace.curvature import AsdlGGN
+
         peer: Any = Laplace(
             bench.model,
             "classification",
