@@ -70,7 +70,8 @@ def nystrom_basis(
             *(num_landmarks, size, memory_budget / 1e9, sketch.size),
         )
         sketches = torch.cat([sketch(chunk) for chunk in gradients()])
-        gram, again = _gram(sketches), partial(_joined, gradients, sketches.nbytes)
+        together = min(rank, sketches.nbytes // (size * element))
+        gram, again = _gram(sketches), partial(_joined, gradients, together)
         del sketches
     eigenvalues, eigenvectors = _leading(gram, rank, torch.finfo(next(iter(parameters.values())).dtype).eps)
     combined = _combine(again(), (eigenvectors / eigenvalues.sqrt()).T, parameters)
@@ -138,11 +139,11 @@ def _leading(gram: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:
     return eigenvalues[:kept], eigenvectors[:, :kept]
 
 
-def _joined(gradients: Callable[[], Gradients], room: int) -> Gradients:
-    """Chunks of up to `room` bytes, where they are smaller: V is read and written once for each."""
+def _joined(gradients: Callable[[], Gradients], together: int) -> Gradients:
+    """Chunks of up to `together` landmarks, where they are smaller: V is read and written once for each."""
     held: list[dict[str, Tensor]] = []
     for chunk in gradients():
-        if held and sum(part.nbytes for one in (*held, chunk) for part in one.values()) > room:
+        if held and sum(len(next(iter(one.values()))) for one in (*held, chunk)) > together:
             yield {name: torch.cat([one.pop(name) for one in held]) for name in chunk}
             held = []
         held.append(chunk)
