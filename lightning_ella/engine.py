@@ -1,7 +1,8 @@
 """Which way to differentiate, and how much at a time.
 
-Both are chosen from the sizes of the network's activations and the memory budget, never from a clock, so that a seed and
-a budget fix the result to the last bit. To add an engine, write a class with `features(inputs, basis)`, and name it in `ENGINES` and `_engine`.
+Both are chosen from the sizes of the network's activations and the memory budget, never from a clock, so that a seed
+and a budget fix the result to the last bit. To add an engine, write a class with `features(inputs, basis)`, and name it
+in `ENGINES` and `_engine`.
 """
 
 import logging
