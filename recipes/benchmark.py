@@ -239,7 +239,7 @@ def formula(config: DictConfig, bench: Bench) -> int:
         folded = linearization._folding.numel if linearization._folding else 0
     d = P if M * P * b <= budget // 2 else min(16 * M, budget // (4 * M * b))
     one = 2 * (P * b + a)
-    chunk = one * max(1, min(64, min(2**29, budget // 4) // one))
+    chunk = (one - a) * max(1, min(64, min(2**29, budget // 4) // one))
     tangents = K * folded * b if K * folded * b <= budget // 4 else 0
     return (M * d + K * P) * b + 24 * M**2 + max(chunk, tangents)
 
