@@ -7,6 +7,7 @@ parameter. What that earns: the cost hardly depends on K, and rows of J come a b
 B samples, S cotangents each (S = C for all of J), T positions or tokens, K columns of the basis.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from torch.utils._pytree import tree_map
 from .data import Inputs
 from .folding import UNFOLDED, Folding
 from .linearize import Basis, Network, hooked, is_plain, num_samples, rows
+
+log = logging.getLogger(__name__)
 
 Cotangents = Callable[[Tensor], Tensor]  # logits (B, C) -> (B, S, C)
 
@@ -353,7 +356,12 @@ class Layerwise:
         )
         if self._expanded:
             self._expanded &= self._agreeing(two)
-        self._loop = bool(self._uncovered()) and not self._uncovered().keys() <= self._agreeing(two)
+        if rest := self._uncovered():
+            self._loop = not rest.keys() <= self._agreeing(two)
+            log.info(
+                "ELLA: %d of %d parameters have no rule (%s, …): their gradients take a backward pass a sample%s.",
+                *(len(rest), len(taken), next(iter(rest)), ", one after the other" if self._loop else ""),
+            )
         self._lengths = _lengths(self._forward(two, UNFOLDED)[1], num_samples(two))
 
     def _agreeing(self, inputs: Inputs) -> frozenset[str]:
