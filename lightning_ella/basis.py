@@ -6,7 +6,6 @@ Memory beside the result, K x P numbers: the M x P rows where they fit the budge
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -69,10 +68,7 @@ def nystrom_basis(
             "compared by sketches of %d numbers.",
             *(num_landmarks, size, memory_budget / 1e9, sketch.size),
         )
-        sketches = torch.cat([sketch(chunk) for chunk in gradients()])
-        together = min(rank, sketches.nbytes // (size * element))
-        gram, again = _gram(sketches), partial(_joined, gradients, together)
-        del sketches
+        gram, again = _gram(torch.cat([sketch(chunk) for chunk in gradients()])), gradients
     eigenvalues, eigenvectors = _leading(gram, rank, torch.finfo(next(iter(parameters.values())).dtype).eps)
     combined = _combine(again(), (eigenvectors / eigenvalues.sqrt()).T, parameters)
     return _rayleigh_ritz(combined, eigenvalues, num_landmarks)
@@ -137,17 +133,6 @@ def _leading(gram: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:
     if kept < rank:
         log.warning("ELLA: the kernel has the numerical rank %d, so rank=%d is cut to %d.", kept, rank, kept)
     return eigenvalues[:kept], eigenvectors[:, :kept]
-
-
-def _joined(gradients: Callable[[], Gradients], together: int) -> Gradients:
-    """Chunks of up to `together` landmarks, where they are smaller: V is read and written once for each."""
-    held: list[dict[str, Tensor]] = []
-    for chunk in gradients():
-        if held and sum(len(next(iter(one.values()))) for one in (*held, chunk)) > together:
-            yield {name: torch.cat([one.pop(name) for one in held]) for name in chunk}
-            held = []
-        held.append(chunk)
-    yield {name: torch.cat([one.pop(name) for one in held]) for name in list(held[0])}
 
 
 def _combine(chunks: Gradients, weights: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
