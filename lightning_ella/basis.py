@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .engine import give_back
+
 log = logging.getLogger(__name__)
 
 COLUMNS = 2**13  # of R are multiplied in its own precision before they are added up in float64
@@ -70,6 +72,8 @@ def nystrom_basis(
         )
         gram, again = _gram(torch.cat([sketch(chunk) for chunk in gradients()])), gradients
     eigenvalues, eigenvectors = _leading(gram, rank, torch.finfo(next(iter(parameters.values())).dtype).eps)
+    del gram
+    give_back()
     combined = _combine(again(), (eigenvectors / eigenvalues.sqrt()).T, parameters)
     return _rayleigh_ritz(combined, eigenvalues, num_landmarks)
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .basis import nystrom_basis, sketch_numbers
 from .curvature import CURVATURES, curvature
 from .data import Inputs, Points, Unpack, draw, inputs_and_targets, seeded
-from .engine import ENGINES, PRECISIONS, Linearization
+from .engine import ENGINES, PRECISIONS, Linearization, give_back
 from .landmarks import LANDMARKS, Landmarks
 from .likelihoods import LIKELIHOODS, Gaussian, Likelihood
 from .linearize import Forward, as_function, call, num_samples
@@ -284,6 +284,7 @@ def _basis(
         memory_budget=linearization.memory_budget // 2,
         seed=settings.seed,
     )
+    give_back()
     basis = {}
     for name, parameter in parameters.items():
         part = vectors.pop(name).reshape(-1, *parameter.shape)
