@@ -204,6 +204,7 @@ class Layerwise:
         self._by_rule: frozenset[str] | None = None
         self._expanded: frozenset[str] = frozenset()
         self._loop = False
+        self._subclasses = True  # whether the rules are for subclasses of their layers, too
         self._lengths: set[tuple[nn.Module, Fraction]] | None = None  # of each layer's output, in samples
 
     def products(
@@ -255,13 +256,13 @@ class Layerwise:
         calls: list[Call] = []
 
         def record(layer: nn.Module, args: tuple, output: Tensor) -> None:
-            if args and output.requires_grad:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad:
                 calls.append(Call(layer, rules[layer], args[0].detach(), get_gradient_edge(output), len(output)))
 
         rules: dict[nn.Module, Rule] = {
             layer: rule
             for layer in self.network.model.modules()
-            if any(self._has_rule(p) for p in layer.parameters(recurse=False)) and (rule := _rule(layer))
+            if any(self._has_rule(p) for p in layer.parameters(recurse=False)) and (rule := self._rule(layer))
         } | {pair.norm: folded_norm for pair in folding.pairs}
         taken = self.network.parameters_taken
         expanded = {
@@ -296,6 +297,10 @@ class Layerwise:
 
     def _without_autocast(self) -> AbstractContextManager:
         return torch.autocast(self.network.device.type, enabled=False)
+
+    def _rule(self, layer: nn.Module) -> Rule | None:
+        fits = isinstance if self._subclasses else is_plain
+        return next((rule for kind, rule in RULES.items() if fits(layer, kind)), None)
 
     def _has_rule(self, parameter: Tensor) -> bool:
         return self.network.names.get(parameter) in (self._by_rule or ())
@@ -349,8 +354,11 @@ class Layerwise:
             *(rows(inputs, slice(i, i + 1)) for i in (0, last)),
         )
         taken = self.network.parameters_taken
-        self._by_rule = frozenset(taken)
-        self._by_rule = self._agreeing(two)
+        for self._subclasses in (True, False):  # one that is called in another way spoils the check for all
+            self._by_rule = frozenset(taken)
+            self._by_rule = self._agreeing(two)
+            if self._by_rule:
+                break
         self._expanded = frozenset(
             name for name, value in taken.items() if name not in self._by_rule and value.ndim > 1 and len(value) == 1
         )
@@ -383,10 +391,6 @@ class Layerwise:
                 if not error <= 1e-3 * gradient.norm() + 1e-12:
                     agreeing.discard(name)
         return frozenset(agreeing)
-
-
-def _rule(layer: nn.Module) -> Rule | None:
-    return next((rule for kind, rule in RULES.items() if is_plain(layer, kind)), None)
 
 
 def _lengths(calls: list[Call], num_samples: int) -> set[tuple[nn.Module, Fraction]]:

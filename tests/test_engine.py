@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from conftest import TinyViT, conv_batchnorm, flat, make_case
 from torch import Tensor, nn
@@ -215,6 +216,9 @@ def test_common_layers_take_the_fast_route():
         model = make().double()
         with as_function(model):
             assert Linearization(model).layerwise.bytes_held(x) == 0
+    vit = timm.create_model("test_vit", pretrained=False, img_size=32).double()  # its LayerNorm is a class of its own
+    with as_function(vit):
+        assert Linearization(vit).layerwise.bytes_held(torch.randn(3, 3, 32, 32).double()) == 0
 
 
 class NoForwardRule(torch.autograd.Function):
