@@ -57,9 +57,7 @@ def nystrom_basis(
     Raises:
         ValueError: if a gradient is NaN or infinite, or all of them are zero.
     """
-    size = sum(parameter.numel() for parameter in parameters.values())
-    element = next(iter(parameters.values())).element_size()
-    sketch_size = sketch_numbers(num_landmarks, size, element, rank, memory_budget)
+    sketch_size = sketch_numbers(num_landmarks, parameters, rank, memory_budget)
     if sketch_size is None:
         held = _hold(gradients(), parameters, num_landmarks)  # R, (M, P)
         gram, again = _gram(held), lambda: _split(held, parameters)
@@ -68,7 +66,7 @@ def nystrom_basis(
         log.info(
             "ELLA: %d gradients of %d numbers do not fit the memory budget of %.1f GB; they are computed twice, and "
             "compared by sketches of %d numbers.",
-            *(num_landmarks, size, memory_budget / 1e9, sketch.size),
+            *(num_landmarks, _size(parameters), memory_budget / 1e9, sketch.size),
         )
         gram, again = _gram(torch.cat([sketch(chunk) for chunk in gradients()])), gradients
     eigenvalues, eigenvectors = _leading(gram, rank, torch.finfo(next(iter(parameters.values())).dtype).eps)
@@ -104,12 +102,13 @@ class Sketch:
         return total
 
 
-def sketch_numbers(num_landmarks: int, size: int, element: int, rank: int, memory_budget: int) -> int | None:
+def sketch_numbers(num_landmarks: int, parameters: Mapping[str, Tensor], rank: int, memory_budget: int) -> int | None:
     """d: as much as half of the budget holds, but no more than is of use; None if the rows themselves fit it.
 
     Raises:
         ValueError: if the budget does not hold sketches that tell `rank` directions apart.
     """
+    size, element = _size(parameters), next(iter(parameters.values())).element_size()
     if num_landmarks * size * element <= memory_budget:
         return None
     least = min(size, SKETCH_PER_DIRECTION * rank)
@@ -164,7 +163,7 @@ def _rayleigh_ritz(combined: dict[str, Tensor], scales: Tensor, num_landmarks: i
 
 
 def _hold(chunks: Gradients, parameters: Mapping[str, Tensor], num_landmarks: int) -> Tensor:
-    held = next(iter(parameters.values())).new_empty(num_landmarks, sum(p.numel() for p in parameters.values()))
+    held = next(iter(parameters.values())).new_empty(num_landmarks, _size(parameters))
     done = 0
     for chunk in chunks:
         count = len(next(iter(chunk.values())))
@@ -176,6 +175,11 @@ def _hold(chunks: Gradients, parameters: Mapping[str, Tensor], num_landmarks: in
 def _split(held: Tensor, parameters: Mapping[str, Tensor]) -> Gradients:
     sizes = [parameter.numel() for parameter in parameters.values()]
     yield dict(zip(parameters, held.split(sizes, dim=1), strict=True))
+
+
+def _size(parameters: Mapping[str, Tensor]) -> int:
+    """P."""
+    return sum(parameter.numel() for parameter in parameters.values())
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -232,14 +232,9 @@ def _check(linearization: Linearization, train: Points, held_out: Points | None,
             f"num_landmarks={settings.num_landmarks}, but there are only {len(train)} training points: "
             f"pass num_landmarks={len(train)} or less."
         )
-    weights = list(linearization.parameters.values())
     sketch_numbers(
-        settings.num_landmarks,
-        sum(weight.numel() for weight in weights),
-        weights[0].element_size(),
-        settings.rank,
-        linearization.memory_budget // 2,
-    )
+        settings.num_landmarks, linearization.parameters, settings.rank, linearization.memory_budget // 2
+    )  # refuses a budget that is too small
     num_outputs = _try(linearization, train, settings)
     if held_out is not None:
         _try(linearization, held_out, settings)
