@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,9 +129,10 @@ def batch_norm(layer: nn.BatchNorm2d, inputs: Tensor, gradients: Tensor, B: int)
     )
 
 
-def folded_norm(layer: nn.BatchNorm2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
-    """(B, channels, *), with all but the shift folded into the convolution before."""
-    yield layer.bias, Rows(gradients.sum((3, 4)))
+def with_shift(norm: nn.BatchNorm2d, layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
+    """A convolution and the BatchNorm folded into it, of which only the shift is left: one gradient serves both."""
+    yield norm.bias, Rows(gradients.sum((3, 4)))
+    yield from conv2d(layer, inputs, gradients, B)
 
 
 def group_norm(layer: nn.GroupNorm, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
@@ -263,7 +265,10 @@ class Layerwise:
             layer: rule
             for layer in self.network.model.modules()
             if any(self._has_rule(p) for p in layer.parameters(recurse=False)) and (rule := self._rule(layer))
-        } | {pair.norm: folded_norm for pair in folding.pairs}
+        }
+        for pair in folding.pairs:
+            del rules[pair.norm]
+            rules[pair.conv] = partial(with_shift, pair.norm)
         taken = self.network.parameters_taken
         expanded = {
             n: taken[n].expand(num_samples(inputs), *taken[n].shape[1:]).requires_grad_() for n in self._expanded

@@ -16,6 +16,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -91,6 +92,7 @@ def row(predictor: ELLAPredictor, dataset: Dataset, reference: Tensor | None) ->
 @hydra.main(version_base="1.3", config_path="../conf", config_name="shortcuts")
 def main(config: DictConfig) -> None:
     """Fit, compare, print, and write shortcuts.json."""
+    seed_everything(config.seed, verbose=False)
     data, module = instantiate(config.data), instantiate(config.model)
     data.setup("fit")
     train, unseen, test = data.ella_train_dataloader(), data.holdout, first(data.test, config.num_test, config.seed)

@@ -88,7 +88,7 @@ def test_the_shortcuts_are_compared_on_any_image_folder(tmp_path: Path, image_fo
     run("shortcuts.py", tmp_path, f"data.root={image_folder}", f"data.split={tmp_path}/split.npz", *network, *sizes)
     rows = json.loads((tmp_path / "run" / "shortcuts.json").read_text())
     assert 0 < rows["gradients streamed"]["median"] < 1
-    assert 0 < rows["features in bf16"]["median"] < 0.2
+    assert 0 < rows["features in bf16"]["median"] < 1
     assert rows["MAP"]["nll"] > 0
 
 
