@@ -41,8 +41,10 @@ class ForwardMode:
 
         out_dims: Any = (None, -1)  # vmap's annotation does not know None for "the same for all tangents"
         products = []
-        for part in slices(len(next(iter(basis.values()))), self.tangents_per_chunk):
-            tangents = {name: basis[name][part].to(value.dtype) for name, value in parameters.items()}
+        parts = slices(len(next(iter(basis.values()))), self.tangents_per_chunk)
+        for part in parts:
+            # Autograd makes zeros and copies into them where a tangent's storage is larger than its weight's.
+            tangents = {n: basis[n][part].to(value.dtype, copy=len(parts) > 1) for n, value in parameters.items()}
             with folding.applied():
                 products.append(vmap(product, out_dims=out_dims)(tangents))
         return products[0][0], torch.cat([features for _, features in products], dim=-1)

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 Cotangents = Callable[[Tensor], Tensor]  # logits (B, C) -> (B, S, C)
 
-MAX_ELEMENTS = 2**22  # of J, for one layer, held at a time: what stays in a cache
+MAX_BYTES = 2**24  # of J, for one layer, held at a time: what stays in a cache
 
 
 class Rows:
@@ -79,7 +79,7 @@ class OuterProducts(Rows):
             tangents = basis.view(K, G, -1, d)
             responses = torch.einsum("bgdt,kgod->bgotk", self.patches, tangents)
             return torch.einsum("bgsot,bgotk->bsk", self.gradients.unflatten(2, (S, -1)), responses)
-        size = max(1, MAX_ELEMENTS // (G * So * d))
+        size = max(1, MAX_BYTES // (G * So * d * self.patches.element_size()))
         parts = zip(self.gradients.split(size), self.patches.split(size), strict=True)
         return torch.cat([Rows(OuterProducts(g, a, S).dense()).times(basis) for g, a in parts])
 

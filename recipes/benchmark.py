@@ -231,17 +231,25 @@ def measure_fit(config: DictConfig, answer: Any) -> None:
 def formula(config: DictConfig, bench: Bench) -> int:
     """Peak memory of a fit in bytes, as in docs/engine.md."""
     M, K, budget = config.num_landmarks, config.rank, config.memory_budget
-    P, b = sum(p.numel() for p in bench.model.parameters()), 4
+    sizes, b = [p.numel() for p in bench.model.parameters()], 4
+    P = sum(sizes)
     with as_function(bench.model):
         linearization = Linearization(bench.model)
-        a = linearization.sizes(bench.images).activations
+        measured = linearization.sizes(bench.images)
+        a, C, largest = measured.activations, measured.num_outputs, measured.largest
         linearization._fold(bench.images, {name: p.unsqueeze(0) for name, p in linearization.parameters.items()})
         folded = linearization._folding.numel if linearization._folding else 0
-    d = P if M * P * b <= budget // 2 else min(16 * M, budget // (4 * M * b))
-    one = 2 * (P * b + a)
-    chunk = (one - a) * max(1, min(64, min(2**29, budget // 4) // one))
+    held = M * P * b <= budget // 2
+    d = P if held else min(16 * M, budget // (4 * M * b))
+    working_set = min(2**29, budget // 4)
+    r = max(1, min(64, working_set // (2 * (P * b + a))))
+    s = max(1, 2**25 // (20 * largest))
+    chunk = r * (2 * P * b + a)
     tangents = K * folded * b if K * folded * b <= budget // 4 else 0
-    return (M * d + K * P) * b + 24 * M**2 + max(chunk, tangents)
+    work = working_set if C <= K else 20 * (4 * s * largest + 2 * max(sizes) * b)
+    gradients = M * d * b + max(chunk, 24 * M**2)
+    combination = K * P * b + chunk + (M * P * b if held else 0)
+    return max(gradients, combination, K * P * b + tangents + work)
 
 
 def in_own_process(target: Callable, *arguments: Any) -> Any:
