@@ -3,9 +3,10 @@
 import logging
 
 from .callback import ELLACallback
-from .fit import Settings, fit_ella
+from .fit import fit_ella
 from .likelihoods import ClassPrediction
 from .predictor import ELLAPredictor
+from .settings import Settings
 
 __version__ = "0.1.0"
 __all__ = ["ClassPrediction", "ELLACallback", "ELLAPredictor", "Settings", "fit_ella"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .distributed import World
 from .engine import give_back
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def nystrom_basis(
     *,
     memory_budget: int,
     seed: int = 0,
+    world: World | None = None,
 ) -> NystromBasis:
     """Nyström basis V = Rᵀ U Λ^(-1/2) of the kernel, R the landmarks' gradients (Deng, Zhou and Zhu 2022).
 
@@ -47,33 +49,46 @@ def nystrom_basis(
     are those of the exact Gram matrix within the span.
 
     Args:
-        gradients: starts a pass over the M landmarks.
+        gradients: starts a pass over the M landmarks, or over this process's share of them.
         parameters: name -> value, in the order that the gradients have.
         num_landmarks: M.
         rank: K, how many directions to keep; fewer are kept where the kernel's numerical rank is lower.
         memory_budget: bytes for the rows or their sketches.
         seed: fixes the sketches.
+        world: the processes that share the landmarks.
 
     Raises:
         ValueError: if a gradient is NaN or infinite, or all of them are zero.
     """
+    world = world or World()
     sketch_size = sketch_numbers(num_landmarks, parameters, rank, memory_budget)
-    if sketch_size is None:
-        held = _hold(gradients(), parameters, num_landmarks)  # R, (M, P)
-        gram, again = _gram(held), lambda: _split(held, parameters)
-    else:
-        sketch = Sketch(parameters, sketch_size, seed)
-        log.info(
-            "ELLA: %d gradients of %d numbers do not fit the memory budget of %.1f GB; they are computed twice, and "
-            "compared by sketches of %d numbers.",
-            *(num_landmarks, _size(parameters), memory_budget / 1e9, sketch.size),
-        )
-        gram, again = _gram(torch.cat([sketch(chunk) for chunk in gradients()])), gradients
-    eigenvalues, eigenvectors = _leading(gram, rank, torch.finfo(next(iter(parameters.values())).dtype).eps)
+    held: Tensor | None = None
+    with world.together("the landmarks' gradients"):
+        count = len(world.share(range(num_landmarks)))
+        if sketch_size is None:
+            vectors = held = _hold(gradients(), parameters, count)  # R, (M, P)
+        else:
+            log.info(
+                "ELLA: %d gradients of %d numbers do not fit the memory budget of %.1f GB; they are computed twice, "
+                "and compared by sketches of %d numbers.",
+                *(num_landmarks, _size(parameters), memory_budget / 1e9, sketch_size),
+            )
+            vectors = _sketched(gradients(), Sketch(parameters, sketch_size, seed), count)  # (M, d)
+    gram = _gram(vectors, num_landmarks, world)
+    eps, device = torch.finfo(vectors.dtype).eps, vectors.device
+    del vectors
+    with world.together("the eigendecomposition"):
+        leading = {} if gram is None else _leading(gram, rank, eps)
     del gram
     give_back()
-    combined = _combine(again(), (eigenvectors / eigenvalues.sqrt()).T, parameters)
-    return _rayleigh_ritz(combined, eigenvalues, num_landmarks)
+    leading = world.tensors_from_first(leading, device)
+    scales, weights = leading["eigenvalues"], leading["eigenvectors"] / leading["eigenvalues"].sqrt()  # (K,), (M, K)
+    with world.together("the combination of the gradients"):
+        chunks = gradients() if held is None else _split(held, parameters)
+        combined = _combine(chunks, weights[world.rank :: world.size].T, parameters)
+    for part in combined.values():
+        world.sum(part)
+    return _rayleigh_ritz(combined, scales, num_landmarks, world)
 
 
 class Sketch:
@@ -85,6 +100,7 @@ class Sketch:
     def __init__(self, parameters: Mapping[str, Tensor], size: int, seed: int):
         self.size = size
         generator = torch.Generator().manual_seed(seed)
+        self.dtype = next(iter(parameters.values())).dtype
         self.signs, self.shifts = {}, {}
         for name, parameter in parameters.items():
             signs = torch.randint(2, (parameter.numel(),), generator=generator, dtype=torch.int8)
@@ -121,13 +137,9 @@ def sketch_numbers(num_landmarks: int, parameters: Mapping[str, Tensor], rank: i
     return min(size, affordable, SKETCH_PER_LANDMARK * num_landmarks)
 
 
-def _leading(gram: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:
+def _leading(gram: Tensor, rank: int, eps: float) -> dict[str, Tensor]:
     """Leading eigenvalues (K,) and eigenvectors (M, K) of a Gram matrix, none that is only rounding."""
-    if not gram.isfinite().all():
-        raise ValueError(
-            "gradients at the landmarks are NaN or infinite: check the weights, or freeze the layers that cause it."
-        )
-    eigenvalues, eigenvectors = (part.flip(-1) for part in torch.linalg.eigh(gram))
+    eigenvalues, eigenvectors = _eigh(gram)
     kept = int((eigenvalues[:rank] > eigenvalues[0] * len(gram) * eps).sum())
     if kept == 0:
         raise ValueError(
@@ -135,7 +147,13 @@ def _leading(gram: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:
         )
     if kept < rank:
         log.warning("ELLA: the kernel has the numerical rank %d, so rank=%d is cut to %d.", kept, rank, kept)
-    return eigenvalues[:kept], eigenvectors[:, :kept]
+    return {"eigenvalues": eigenvalues[:kept], "eigenvectors": eigenvectors[:, :kept]}
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors whose sign does not hang on rounding."""
+    eigenvalues, eigenvectors = (part.flip(-1) for part in torch.linalg.eigh(matrix))
+    return eigenvalues, eigenvectors * eigenvectors.sum(0).sign()
 
 
 def _combine(chunks: Gradients, weights: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,28 +166,50 @@ def _combine(chunks: Gradients, weights: Tensor, parameters: Mapping[str, Tensor
         for name, gradient in chunk.items():
             total[name].addmm_(part.to(gradient.dtype), gradient)
         done += count
+        chunk.clear()
     return total
 
 
-def _rayleigh_ritz(combined: dict[str, Tensor], scales: Tensor, num_landmarks: int) -> NystromBasis:
+def _rayleigh_ritz(combined: dict[str, Tensor], scales: Tensor, num_landmarks: int, world: World) -> NystromBasis:
     """Orthonormalise X = Rᵀ U Λ^(-1/2), in place, and find the exact Gram matrix's eigenvalues in the span of U."""
-    overlap = sum(_gram(vectors) for vectors in combined.values())  # Xᵀ X, near I
+    overlap = torch.stack([_products(vectors) for vectors in combined.values()]).sum(0)  # Xᵀ X, near I
     ritz = scales.sqrt() * overlap * scales.sqrt().unsqueeze(1)  # Uᵀ R Rᵀ U
-    eigenvalues, rotation = (part.flip(-1) for part in torch.linalg.eigh(ritz))
-    change = (scales.sqrt().unsqueeze(1) * rotation / eigenvalues.sqrt()).T  # (K, K)
+    eigenvalues, rotation = _eigh(ritz)
+    change = (scales.sqrt().unsqueeze(1) * rotation / eigenvalues.sqrt()).T.contiguous()  # (K, K)
+    world.from_first(change)  # so that all have the same V to the last bit
     for name, vectors in combined.items():
         combined[name] = change.to(vectors.dtype) @ vectors
-    return NystromBasis(combined, eigenvalues / num_landmarks)
+    return NystromBasis(combined, world.from_first(eigenvalues) / num_landmarks)
 
 
-def _hold(chunks: Gradients, parameters: Mapping[str, Tensor], num_landmarks: int) -> Tensor:
-    held = next(iter(parameters.values())).new_empty(num_landmarks, _size(parameters))
+def _hold(chunks: Gradients, parameters: Mapping[str, Tensor], num_rows: int) -> Tensor:
+    held = next(iter(parameters.values())).new_empty(num_rows, _size(parameters))
     done = 0
     for chunk in chunks:
         count = len(next(iter(chunk.values())))
-        torch.cat(list(chunk.values()), dim=1, out=held[done : done + count])
+        _check_finite(torch.cat(list(chunk.values()), dim=1, out=held[done : done + count]))
         done += count
+        chunk.clear()  # else it would live while the next is made
     return held
+
+
+def _sketched(chunks: Gradients, sketch: Sketch, num_rows: int) -> Tensor:
+    rows = next(iter(sketch.signs.values())).new_empty(num_rows, sketch.size, dtype=sketch.dtype)
+    done = 0
+    for chunk in chunks:
+        part = _check_finite(sketch(chunk))
+        rows[done : done + len(part)] = part
+        done += len(part)
+        chunk.clear()
+    return rows
+
+
+def _check_finite(rows: Tensor) -> Tensor:
+    if not rows.sum().isfinite():
+        raise ValueError(
+            "gradients at the landmarks are NaN or infinite: check the weights, or freeze the layers that cause it."
+        )
+    return rows
 
 
 def _split(held: Tensor, parameters: Mapping[str, Tensor]) -> Gradients:
@@ -182,10 +222,25 @@ def _size(parameters: Mapping[str, Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters.values())
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """R Rᵀ, summed in float64: long dot products in float32 would blur the small eigenvalues."""
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+def _gram(rows: Tensor, num_landmarks: int, world: World) -> Tensor | None:
+    """R Rᵀ (M, M), on the first process, from rows that are shared out."""
+    gram = rows.new_zeros(num_landmarks, num_landmarks, dtype=torch.float64) if world.first else None
     for columns in rows.split(COLUMNS, dim=1):
-        for start in range(0, len(rows), ROWS):  # the upper triangle is enough
-            gram[start : start + ROWS, start:] += columns[start : start + ROWS] @ columns[start:].T
+        gathered = world.gather_rows(columns, num_landmarks)
+        if gram is not None and gathered is not None:
+            _add_products(gram, gathered)
+    return None if gram is None else gram.triu() + gram.triu(1).T
+
+
+def _products(rows: Tensor) -> Tensor:
+    """R Rᵀ of rows that this process has."""
+    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for columns in rows.split(COLUMNS, dim=1):
+        _add_products(gram, columns)
     return gram.triu() + gram.triu(1).T
+
+
+def _add_products(gram: Tensor, columns: Tensor) -> None:
+    """Add the upper triangle of C Cᵀ, in float64: long dot products in float32 would blur the small eigenvalues."""
+    for start in range(0, len(columns), ROWS):
+        gram[start : start + ROWS, start:] += columns[start : start + ROWS] @ columns[start:].T

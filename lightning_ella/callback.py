@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import logging
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,9 +23,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from .data import Points, Unpack, inputs_and_targets
-from .fit import Fit, Progress, Settings, check, run
+from .distributed import World
+from .fit import Fit, Progress, check, run, silent
 from .linearize import Forward, call, num_samples
 from .predictor import ELLAPredictor
+from .settings import Settings
+from .stages import Stages
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +52,10 @@ class ELLACallback(Callback):
         train_loader: the training data without augmentation.
         calibration_loader: data that the network has never seen.
         path: where the posterior is saved; `ella.safetensors` beside the checkpoints by default.
+        on_error: what an error at the end of `fit` does: "warn" logs it, and the training run ends as it would have
+            without this callback; "raise" raises it. What can be known before training is raised before training.
+        resume: go on with a fit that was cut short, from the stages that it left beside the posterior (or beside
+            the checkpoint that `fit(ckpt_path=…)` got): same weights, settings and data.
         unpack: maps a batch to `(inputs, targets)`; by default batches are such pairs.
         forward: maps `(module, inputs)` to logits (B, C); `module(inputs)` by default.
         **settings: numbers and names of the method, see `Settings`.
@@ -67,21 +76,35 @@ class ELLACallback(Callback):
         train_loader: DataLoader | None = None,
         calibration_loader: DataLoader | None = None,
         path: str | Path | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+        resume: bool = False,
         unpack: Unpack = inputs_and_targets,
         forward: Forward = call,
         **settings: Any,
     ):
         if weights not in ("last", "best"):
             raise ValueError(f"weights={weights!r} is not one of 'last', 'best'.")
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error={on_error!r} is not one of 'warn', 'raise'.")
         for loader in (train_loader, calibration_loader):
             if loader is not None:
                 Points(loader)
         self.settings = Settings(likelihood=likelihood, **settings)
         self.weights = weights
         self.train_loader, self.calibration_loader = train_loader, calibration_loader
-        self.path = path
+        self.path, self.on_error, self.resume = path, on_error, resume
         self.unpack, self.forward = unpack, forward
-        self.predictor: ELLAPredictor | None = None
+        self._predictor: ELLAPredictor | None = None
+
+    @property
+    def predictor(self) -> ELLAPredictor | None:
+        """The head, once `fit` has ended; None before, and where the fit failed.
+
+        After a fit in spawned processes (ddp_spawn, ddp_notebook) it is read from its file, here where it is asked for.
+        """
+        if self._predictor is None and (trainer := _trainer_with(self)) is not None:
+            self._read_back(trainer)
+        return self._predictor
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before training."""
@@ -91,11 +114,6 @@ class ELLACallback(Callback):
             raise ValueError(
                 f"ELLA needs whole parameters on each device, but {type(trainer.strategy).__name__} shards them: "
                 "fit ELLA afterwards from the checkpoint, with Trainer(devices=1, max_epochs=0)."
-            )
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"ELLA runs on one device so far, not on {trainer.world_size}: leave the callback out, and fit "
-                "it afterwards from the checkpoint, with Trainer(devices=1, max_epochs=0)."
             )
         if self.weights == "best" and not _monitored(trainer):
             raise ValueError(
@@ -110,27 +128,58 @@ class ELLACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try data and network on a few points, so that what would fail after training fails before."""
-        if "ella" in pl_module.__dict__:  # it belongs to weights that are about to change
+        self._predictor = None  # it belongs to weights that are about to change
+        _files(trainer).pop(str(self.path), None)
+        if "ella" in pl_module.__dict__:
             object.__setattr__(pl_module, "ella", None)
         self._path(trainer)
         with isolate_rng(), self._validating(trainer):
             (train, _), (calibration, _) = self._train_loader(trainer), self._calibration_loader(trainer)
-            settings = _fitting(self.settings, trainer, train)
-            check(pl_module, train, calibration, settings, unpack=self._unpack(trainer), forward=self.forward)
+            check(
+                pl_module,
+                train,
+                calibration,
+                _fitting(self.settings, trainer, train),
+                unpack=self._unpack(trainer),
+                forward=self.forward,
+                world=_world(trainer),
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the posterior, attach it, write it and log it."""
-        home = pl_module.device
-        network = self._network(trainer, pl_module)
-        with isolate_rng(), self._validating(trainer):
-            train, train_name = self._train_loader(trainer)
-            calibration, calibration_name = self._calibration_loader(trainer)
-            log.info(
-                "ELLA: fitting on %s, calibrating on %s, at the %s weights.",
-                train_name,
-                calibration_name,
-                self.weights,
+        try:
+            self._fit(trainer, pl_module)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            state = "is in memory" if self._predictor is not None else "could not be fitted"
+            log.warning(
+                "ELLA: the posterior %s, but something failed; the trained network is as it would be without ELLA. "
+                "Mend it and fit again from the checkpoint, with max_epochs=0. %s",
+                *(state, "".join(traceback.format_exception(error))),
             )
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module its predictor in processes that were started anew."""
+        self._read_back(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module its predictor in processes that were started anew."""
+        self._read_back(trainer)
+
+    def _fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        home, world = pl_module.device, _world(trainer)
+        with world.together("the choice of weights"):
+            network, origin = self._network(trainer, pl_module)
+            path = self._path(trainer)
+        path = world.object_from_first(path)
+        with isolate_rng(), self._validating(trainer):
+            with world.together("the choice of data"):
+                train, train_name = self._train_loader(trainer)
+                calibration, calibration_name = self._calibration_loader(trainer)
+            if world.first:
+                log.info("ELLA: fitting on %s, calibrating on %s, at %s.", train_name, calibration_name, origin)
+            stages = self._stages(trainer, path)
             try:
                 network.to(trainer.strategy.root_device)
                 fit = run(
@@ -141,19 +190,46 @@ class ELLACallback(Callback):
                     unpack=self._unpack(trainer),
                     forward=self.forward,
                     progress=_bars(trainer),
+                    world=world,
+                    stages=stages,
+                    origin=origin,
                 )
             finally:
                 network.to(home)
-        self.predictor = fit.predictor
-        if network is not pl_module:
-            fit.predictor.register_forward_pre_hook(functools.partial(_follow, pl_module))
-        # Registered as a submodule it would enter the user's state_dict and break a later strict load.
-        object.__setattr__(pl_module, "ella", fit.predictor)
-        self._report(trainer, fit)
+        self._attach(pl_module, network, fit.predictor)
+        with world.together("writing the posterior and its figures"):
+            self._report(trainer, fit, path)
+        if world.first:
+            stages.forget()
 
-    def _network(self, trainer: Trainer, pl_module: LightningModule) -> LightningModule:
+    def _attach(self, pl_module: LightningModule, network: LightningModule, predictor: ELLAPredictor) -> None:
+        self._predictor = predictor
+        if network is not pl_module:
+            predictor.register_forward_pre_hook(functools.partial(_follow, pl_module))
+        # Registered as a submodule it would enter the user's state_dict and break a later strict load.
+        object.__setattr__(pl_module, "ella", predictor)
+
+    def _read_back(self, trainer: Trainer) -> None:
+        """After a fit in spawned processes, get the predictor from the file that they wrote."""
+        path, pl_module = _files(trainer).get(str(self.path)), trainer.lightning_module
+        if self._predictor is None and path is not None and pl_module is not None:
+            network, _ = self._network(trainer, pl_module)
+            self._attach(pl_module, network, ELLAPredictor.load(path, network, self.forward))
+
+    def _stages(self, trainer: Trainer, path: Path) -> Stages:
+        """Keep the stages of the fit beside the posterior, or go on with those that are beside the checkpoint."""
+        if _fast_dev_run(trainer):
+            return Stages()
+        here = path.with_suffix(".stages")
+        if self.resume and not here.exists() and trainer.ckpt_path:
+            there = Path(trainer.ckpt_path).with_name(here.name)
+            return Stages(there if there.exists() else here, resume=True)
+        return Stages(here, resume=self.resume)
+
+    def _network(self, trainer: Trainer, pl_module: LightningModule) -> tuple[LightningModule, str]:
+        """The network at the chosen weights, and their name."""
         if self.weights == "last" or _fast_dev_run(trainer):
-            return pl_module
+            return pl_module, f"the last weights, after {trainer.global_step} steps"
         path = next((callback.best_model_path for callback in _monitored(trainer) if callback.best_model_path), None)
         if path is None:
             raise ValueError(
@@ -168,7 +244,7 @@ class ELLACallback(Callback):
             ) from error
         state = trainer.strategy.load_checkpoint(path, weights_only=False)["state_dict"]
         best.load_state_dict(state, strict=best.strict_loading)
-        return best
+        return best, f"the weights of {Path(path).name}"
 
     def _train_loader(self, trainer: Trainer) -> tuple[DataLoader, str]:
         found = self._given(trainer, self.train_loader, "train_loader", "ella_train_dataloader")
@@ -222,13 +298,23 @@ class ELLACallback(Callback):
         finally:
             trainer.state.stage = stage
 
-    def _report(self, trainer: Trainer, fit: Fit) -> None:
-        figures = fit.figures
-        if not _fast_dev_run(trainer):
-            log.info("ELLA: the posterior is in %s", fit.predictor.save(self._path(trainer)))
+    def _report(self, trainer: Trainer, fit: Fit, path: Path) -> None:
+        """Write and log; a file or a logger that fails costs only what it would have got."""
+        figures, errors = fit.figures, []
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+        if not trainer.is_global_zero:
+            return
+        if not _fast_dev_run(trainer):
+            try:
+                log.info("ELLA: the posterior is in %s", fit.predictor.save(path))
+                _files(trainer)[str(self.path)] = str(path)
+            except OSError as error:
+                errors.append(error)
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+            try:
+                logger.log_metrics(figures, step=trainer.global_step)
+            except Exception as error:
+                errors.append(error)
         log.info(
             "ELLA: prior variance %.3g, covariance scale %.3g, %.0f s.%s",
             figures["ella/prior_variance"],
@@ -239,6 +325,8 @@ class ELLACallback(Callback):
             if fit.num_calibration
             else "",
         )
+        if errors:
+            raise errors[0]
 
     def _path(self, trainer: Trainer) -> Path:
         if self.path is not None:
@@ -247,6 +335,24 @@ class ELLACallback(Callback):
         if "://" in str(folder):
             raise ValueError(f"ELLA writes to local files only, not to {folder}: pass path='…/ella.safetensors'.")
         return Path(folder) / "ella.safetensors"
+
+
+def _world(trainer: Trainer) -> World:
+    """The trainer's processes."""
+    if trainer.world_size == 1:
+        return World()
+    return World(torch.distributed.group.WORLD, trainer.strategy.root_device)
+
+
+def _files(trainer: Trainer) -> dict[str, str]:
+    """Where posteriors were written; on the trainer's state, which comes back from spawned processes."""
+    return vars(trainer.state).setdefault("ella_files", {})
+
+
+def _trainer_with(callback: Callback) -> Trainer | None:
+    """The trainer that has this callback. Lightning calls no hook in the process that spawned the others."""
+    trainers = [thing for thing in gc.get_objects() if issubclass(type(thing), Trainer)]
+    return next((trainer for trainer in trainers if callback in trainer.callbacks and _files(trainer)), None)
 
 
 def _monitored(trainer: Trainer) -> list[ModelCheckpoint]:
@@ -287,9 +393,6 @@ def _follow(leader: LightningModule, predictor: torch.nn.Module, _: Any) -> None
 def _bars(trainer: Trainer) -> Progress:
     """A bar a stage, drawn by whatever draws the trainer's own."""
     bar = trainer.progress_bar_callback
-
-    def silent(batches: Iterable, description: str, total: int) -> Iterable:
-        return batches
 
     def with_tqdm(batches: Iterable, description: str, total: int) -> Iterator:
         with Tqdm(total=total, desc=description, unit="point", dynamic_ncols=True, file=sys.stdout) as line:

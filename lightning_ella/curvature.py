@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable
 
-from torch import Generator, Tensor
+import torch
+from torch import Tensor
 
 from .data import Inputs
+from .distributed import World
 from .engine import Linearization
 from .likelihoods import Likelihood
 from .linearize import Basis
@@ -20,7 +22,8 @@ def curvature(
     num_points: int,
     *,
     how: str = "exact",
-    generator: Generator,
+    uniforms: Tensor,
+    world: World | None = None,
 ) -> Tensor:
     """Generalised Gauss-Newton matrix H = Σ_i Ψ(x_i)ᵀ Λ(x_i) Ψ(x_i), (K, K) float64 (Deng, Zhou and Zhu 2022).
 
@@ -29,24 +32,27 @@ def curvature(
 
     Args:
         linearization: of the network.
-        batches: inputs and targets of n of the training points.
+        batches: inputs and targets of n of the training points, or of this process's share of them.
         basis: V.
         likelihood: what Λ is.
         num_points: N; the sum over the n points visited is scaled by N / n.
         how: "exact" or "sampled".
-        generator: draws the labels that are sampled.
+        uniforms: (n,) in [0, 1), what the sampled labels are drawn with, of all n points.
+        world: the processes that share the points.
     """
-    seen, total = 0, None
-    for inputs, targets in batches:
-        if how == "exact":
-            logits, features = linearization.features(inputs, basis)
-            term = likelihood.curvature(logits.double(), features.double())
-        else:
-            score = lambda logits: likelihood.sampled_score(logits, generator)  # noqa: E731
-            logits, projections = linearization.projections(inputs, score, basis)  # (B, K)
-            term = projections.double().T @ projections.double()
-        likelihood.check(logits, targets)
-        total = term if total is None else total.add_(term)
-        seen += len(logits)
-    assert total is not None  # num_curvature is at least 1
-    return total * (num_points / seen)
+    world, rank = world or World(), len(next(iter(basis.values())))
+    total = torch.zeros(rank, rank, dtype=torch.float64, device=linearization.device)
+    with world.together("the curvature"):
+        done, shared = 0, uniforms[world.rank :: world.size].to(total)
+        for inputs, targets in batches:
+            if how == "exact":
+                logits, features = linearization.features(inputs, basis)
+                total += likelihood.curvature(logits.double(), features.double())
+            else:
+                drawn = shared[done : done + len(targets)]
+                score = lambda logits, drawn=drawn: likelihood.sampled_score(logits, drawn)  # noqa: E731
+                logits, projections = linearization.projections(inputs, score, basis)  # (B, K)
+                total += projections.double().T @ projections.double()
+            likelihood.check(logits, targets)
+            done += len(logits)
+    return world.sum(total) * (num_points / len(uniforms))

@@ -118,6 +118,8 @@ def _visited(loader: DataLoader) -> Sequence[int]:
     """Indices into the dataset of the points that `loader` visits, each once."""
     size = len(cast(Sized, loader.dataset))
     sampler = getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, DistributedSampler) and type(sampler) is not DistributedSampler:
+        sampler = getattr(sampler.dataset, "_sampler", sampler)  # Lightning has wrapped the user's own
     whole = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
     if isinstance(sampler, whole):
         return range(size)

@@ -83,6 +83,8 @@ class Linearization:
         self.layerwise = Layerwise(self.network)
         self._sizes: Sizes | None = None
         self._folding: Folding | None = None
+        self._folded: Basis | None = None
+        self._folded_from: list[tuple[int, int]] = []
         self._engines: dict[int, ForwardMode | Layerwise] = {}  # by rank
 
     @property
@@ -122,7 +124,7 @@ class Linearization:
         chosen = nn.functional.one_hot(outputs, sizes.num_outputs)  # (B, C)
         for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1, hold_rows=True)):
             gradients = self.layerwise.rows(rows(inputs, part), lambda _, part=part: chosen[part].unsqueeze(1))
-            yield {name: gradients[name].squeeze(1) for name in self.parameters}
+            yield {name: gradients.pop(name).squeeze(1) for name in self.parameters}
 
     def projections(
         self, inputs: Inputs, cotangents: Callable[[Tensor], Tensor], basis: Basis
@@ -159,7 +161,12 @@ class Linearization:
         one = next(iter(basis.values()))
         if self._folding.numel * len(one) * one.element_size() > self.memory_budget // 4:
             return UNFOLDED, basis
-        return self._folding, self._folding.tangents(basis)
+        made_of = [(tangents.data_ptr(), tangents._version) for tangents in basis.values()]
+        if made_of != self._folded_from:  # for small batches, folding takes longer than the rest
+            self._folded = None  # frees it before the next is made
+            self._folded, self._folded_from = self._folding.tangents(basis), made_of
+        assert self._folded is not None
+        return self._folding, self._folded
 
     def _engine(self, inputs: Inputs, basis: Basis) -> ForwardMode | Layerwise:
         """The engine for features of this rank; forward mode only if the network has all its rules."""

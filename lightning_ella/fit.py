@@ -1,110 +1,39 @@
 """The pipeline: landmarks → basis → curvature → calibration → predictor."""
 
+import hashlib
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .basis import nystrom_basis, sketch_numbers
-from .curvature import CURVATURES, curvature
+from .curvature import curvature
 from .data import Inputs, Points, Unpack, draw, inputs_and_targets, seeded
-from .engine import ENGINES, PRECISIONS, Linearization, give_back
+from .distributed import World
+from .engine import Linearization, free_memory, give_back
 from .landmarks import LANDMARKS, Landmarks
 from .likelihoods import LIKELIHOODS, Gaussian, Likelihood
-from .linearize import Forward, as_function, call, num_samples
+from .linearize import Basis, Forward, as_function, call, num_samples
 from .posterior import Posterior, calibrate
-from .predictor import ELLAPredictor, linearize, standard_normal
+from .predictor import ELLAPredictor, fingerprint, linearize, standard_normal
+from .settings import Settings
+from .stages import Stages
 
 log = logging.getLogger(__name__)
 
 SAMPLES_CHECKED = 8  # before a fit, so that what would fail late fails early
 
 Progress = Callable[[Iterable, str, int], Iterable]  # (batches, what is done, how many points) -> batches
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a fit depends on, apart from the network and the data.
-
-    Attributes:
-        likelihood: what the network's outputs mean: "classification".
-        num_landmarks: M, training inputs that the kernel is approximated from, one output of each.
-        rank: K, directions of the kernel that are kept.
-        landmarks: how the landmarks are drawn: "class-balanced" or "uniform".
-        curvature: "exact", or "sampled" with one backward pass a point.
-        num_curvature: n, training points that the curvature is estimated from; None takes all.
-        num_calibration: unseen points that the scales are chosen on, at most; None takes all.
-        prior_variance: σ₀²; None chooses it on unseen points.
-        covariance_scale: multiplier of the posterior covariance; None chooses it on unseen points.
-        predictive: how probabilities are averaged over the posterior: "mc", "probit" or "bridge".
-        num_samples: Monte Carlo draws S.
-        engine: how features are computed: "forward" or "layerwise" (reverse) mode; "auto" takes the cheaper one.
-        precision: of the features: "full" is that of the weights, "bf16" is faster where the processor has it.
-        basis_precision: in which V is kept: "full", or "bf16" for half the memory.
-        memory_budget: bytes that may be used beyond the network and V; None takes a quarter of what is free.
-        samples_per_chunk: inputs that go through the network at a time; None chooses.
-        tangents_per_chunk: tangents that go through it at a time; None chooses.
-        seed: fixes landmarks, chosen points and Monte Carlo draws.
-
-    Raises:
-        ValueError: if a setting is out of range, or no such name exists.
-    """
-
-    likelihood: str = "classification"
-    num_landmarks: int = 2000
-    rank: int = 20
-    landmarks: str = "class-balanced"
-    curvature: str = "exact"
-    num_curvature: int | None = 2000
-    num_calibration: int | None = 5000
-    prior_variance: float | None = None
-    covariance_scale: float | None = None
-    predictive: str = "mc"
-    num_samples: int = 512
-    engine: str = "auto"
-    precision: str = "full"
-    basis_precision: str = "full"
-    memory_budget: int | None = None
-    samples_per_chunk: int | None = None
-    tangents_per_chunk: int | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        _one_of("likelihood", self.likelihood, LIKELIHOODS)
-        _one_of("landmarks", self.landmarks, LANDMARKS)
-        _one_of("predictive", self.predictive, LIKELIHOODS[self.likelihood].predictives)
-        _one_of("curvature", self.curvature, CURVATURES)
-        _one_of("engine", self.engine, ENGINES)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("basis_precision", self.basis_precision, PRECISIONS)
-        for name in ("num_landmarks", "rank", "num_samples"):
-            _at_least_one(name, getattr(self, name))
-        for name in ("num_curvature", "num_calibration", "memory_budget", "samples_per_chunk", "tangents_per_chunk"):
-            if getattr(self, name) is not None:
-                _at_least_one(name, getattr(self, name))
-        for name in ("prior_variance", "covariance_scale"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value!r} must be a positive number, or None to choose it on unseen points.")
-        if self.rank > self.num_landmarks:
-            raise ValueError(
-                f"rank={self.rank} is more than num_landmarks={self.num_landmarks} can span: "
-                f"pass rank={self.num_landmarks} or less, or more landmarks."
-            )
-
-    def limited(self, **limits: int) -> "Settings":
-        """These settings, with none of the named numbers above its limit (None counts as above)."""
-        return replace(
-            self,
-            **{n: limit if getattr(self, n) is None else min(limit, getattr(self, n)) for n, limit in limits.items()},
-        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +53,7 @@ def fit_ella(
     *,
     unpack: Unpack = inputs_and_targets,
     forward: Forward = call,
+    distributed: bool = False,
     **settings: Any,
 ) -> ELLAPredictor:
     """Turn a trained network into a Bayesian predictor (ELLA, Deng, Zhou and Zhu, NeurIPS 2022).
@@ -137,13 +67,19 @@ def fit_ella(
         likelihood: what the outputs mean.
         unpack: maps a batch to `(inputs, targets)`; by default batches are such pairs.
         forward: maps `(model, inputs)` to logits (B, C); `model(inputs)` by default.
+        distributed: share the work with all processes of torch.distributed's default group. Each of them must call
+            this, with the same network, data and settings, and gets the same predictor.
         **settings: see `Settings`.
 
     Raises:
         ValueError, TypeError: if the network, the data or a setting cannot be used; the message names the fix.
+        RuntimeError: if another process failed, with its message, or was lost.
     """
-    chosen = Settings(likelihood=likelihood, **settings)
-    return run(model, train_loader, calibration_loader, chosen, unpack=unpack, forward=forward).predictor
+    chosen, world = Settings(likelihood=likelihood, **settings), None
+    if distributed:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        world = World(dist.group.WORLD, device)
+    return run(model, train_loader, calibration_loader, chosen, unpack=unpack, forward=forward, world=world).predictor
 
 
 def run(
@@ -155,38 +91,70 @@ def run(
     unpack: Unpack = inputs_and_targets,
     forward: Forward = call,
     progress: Progress | None = None,
+    world: World | None = None,
+    stages: Stages | None = None,
+    origin: str = "",
 ) -> Fit:
-    """As `fit_ella`, and report figures and progress."""
+    """As `fit_ella`, and report figures and progress.
+
+    All processes of `world` call it with the same arguments and return the same predictor. `stages` keeps what is done
+    on the way, and `origin` says which weights these are, in the error that refuses others.
+    """
     started = time.perf_counter()
-    progress = progress or _tqdm
-    with seeded(settings.seed), as_function(model):
-        linearization = linearize(model, forward, asdict(settings))
+    world, stages = world or World(), stages or Stages()
+    progress = progress or (_tqdm if world.first else silent)
+    with seeded(settings.seed), as_function(model), world.quiet():
         likelihood = LIKELIHOODS[settings.likelihood]()
         generator = torch.Generator().manual_seed(settings.seed)
-        train, held_out = _points(train_loader, calibration_loader, unpack)
-        num_outputs = _check(linearization, train, held_out, settings)
+        budget = settings.memory_budget or _share_of_memory(model, world)
+        with world.together("a look at network and data"):
+            linearization = linearize(model, forward, asdict(settings) | {"memory_budget": budget})
+            train, held_out = _points(train_loader, calibration_loader, unpack)
+            num_outputs = _check(linearization, train, held_out, settings)
+            identity = _identity(model, train, settings) if world.first and stages.path else ""
+        stages.open(identity, world)
 
-        def visit(points: Points, numbers: list[int], what: str) -> Iterable[tuple[Inputs, Tensor]]:
-            return progress(points.batches(numbers, linearization.device), f"ELLA {what}", len(numbers))
+        def visit(points: Points, numbers: Sequence[int], what: str) -> Iterable[tuple[Inputs, Tensor]]:
+            mine = world.share(numbers)
+            batches = points.batches(mine, linearization.device)
+            return world.watched(progress(batches, f"ELLA {what}", len(mine)))
 
-        landmarks = LANDMARKS[settings.landmarks](train, settings.num_landmarks, num_outputs, generator)
-        basis, eigenvalues = _basis(linearization, landmarks, partial(visit, train), settings)
-        hessian = curvature(
-            linearization,
-            visit(train, draw(settings.num_curvature, len(train), generator), "curvature"),
-            basis,
-            likelihood,
-            len(train),
-            how=settings.curvature,
-            generator=generator,
-        )
+        def make_basis() -> dict[str, Tensor]:
+            with world.together("the choice of landmarks"):
+                rule = LANDMARKS[settings.landmarks]
+                chosen = rule(train, settings.num_landmarks, num_outputs, generator) if world.first else None
+            chosen = world.object_from_first(chosen)
+            generator.set_state(world.from_first(generator.get_state()))
+            assert chosen is not None
+            basis, eigenvalues = _basis(linearization, chosen, partial(visit, train), settings, world)
+            return {"eigenvalues": eigenvalues} | {f"basis.{name}": tangents for name, tangents in basis.items()}
+
+        def make_curvature() -> dict[str, Tensor]:
+            numbers = draw(settings.num_curvature, len(train), generator)
+            hessian = curvature(
+                linearization,
+                visit(train, numbers, "curvature"),
+                basis,
+                likelihood,
+                len(train),
+                how=settings.curvature,
+                uniforms=torch.rand(len(numbers), generator=generator, dtype=torch.float64),
+                world=world,
+            )
+            return {"curvature": hessian}
+
+        basis = stages.do("basis", world, generator, linearization.device, make_basis)
+        eigenvalues = basis.pop("eigenvalues")
+        basis = {name.removeprefix("basis."): tangents for name, tangents in basis.items()}
+        hessian = stages.do("curvature", world, generator, linearization.device, make_curvature)["curvature"]
         if held_out is None:
             posterior, figures, count = _given(hessian, settings), {}, 0
         else:
             count = min(len(held_out), settings.num_calibration or len(held_out))
-            unseen = visit(held_out, draw(count, len(held_out), generator), "calibration")
-            cached = [(*linearization.features(inputs, basis), targets) for inputs, targets in unseen]
-            posterior, figures = _calibrated(cached, hessian, likelihood, settings)
+            with world.together("the calibration points"):
+                unseen = visit(held_out, draw(count, len(held_out), generator), "calibration")
+                unseen = _cached(linearization, unseen, basis, num_outputs, likelihood)
+            posterior, figures = _calibrated(unseen, hessian, likelihood, settings, world)
         predictor = ELLAPredictor(
             model,
             basis=basis,
@@ -196,6 +164,7 @@ def run(
             covariance_scale=posterior.covariance_scale,
             forward=forward,
             settings=asdict(settings),
+            origin=origin,
         )
     figures |= {
         "ella/prior_variance": float(posterior.prior_variance),
@@ -214,11 +183,34 @@ def check(
     *,
     unpack: Unpack = inputs_and_targets,
     forward: Forward = call,
+    world: World | None = None,
 ) -> None:
     """Find out, from a few points, whether a fit can work; raise an error that names the fix if not."""
-    with seeded(settings.seed), as_function(model):
+    world = world or World()
+    with seeded(settings.seed), as_function(model), world.quiet(), world.together("a look at network and data"):
         train, held_out = _points(train_loader, calibration_loader, unpack)
         _check(linearize(model, forward, asdict(settings)), train, held_out, settings)
+
+
+def _share_of_memory(model: nn.Module, world: World) -> int:
+    """A quarter of what is free, in bytes, divided among the processes that it is for; the same for all of them."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    sharing = world.neighbours() if device.type == "cpu" else 1
+    return world.smallest(free_memory(device) // (4 * sharing))
+
+
+def _identity(model: nn.Module, train: Points, settings: Settings) -> str:
+    """What the stages of a fit depend on: weights, settings, how many points there are and what the first are like."""
+    chosen = asdict(settings)
+    for later in ("num_calibration", "prior_variance", "covariance_scale", "predictive", "num_samples"):
+        del chosen[later]
+    seen = hashlib.sha256()
+    for batch in train.batches(range(min(SAMPLES_CHECKED, len(train))), "cpu"):
+        for leaf in tree_leaves(batch):
+            seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
+    return json.dumps(
+        {"weights": fingerprint(model), "settings": chosen, "points": len(train), "data": seen.hexdigest()}
+    )
 
 
 def _points(train: DataLoader, held_out: DataLoader | None, unpack: Unpack) -> tuple[Points, Points | None]:
@@ -260,15 +252,16 @@ def _basis(
     landmarks: Landmarks,
     visit: Callable[[list[int], str], Iterable[tuple[Inputs, Tensor]]],
     settings: Settings,
+    world: World,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """V, as name -> (K, *shape), and the kernel's eigenvalues (K,)."""
 
     def gradients() -> Iterator[dict[str, Tensor]]:
         with seeded(settings.seed):  # a second pass must see the same augmentation
-            done = 0
+            done, outputs = 0, landmarks.outputs[world.rank :: world.size]
             for inputs, _ in visit(landmarks.numbers, "landmarks"):
                 done += (size := num_samples(inputs))
-                yield from linearization.gradients(inputs, landmarks.outputs[done - size : done])
+                yield from linearization.gradients(inputs, outputs[done - size : done])
 
     parameters = linearization.parameters
     vectors, eigenvalues = nystrom_basis(
@@ -278,6 +271,7 @@ def _basis(
         settings.rank,
         memory_budget=linearization.memory_budget // 2,
         seed=settings.seed,
+        world=world,
     )
     give_back()
     basis = {}
@@ -287,26 +281,55 @@ def _basis(
     return basis, eigenvalues
 
 
+class Cache(NamedTuple):
+    """What is known of the calibration points, or of this process's share of them."""
+
+    logits: Tensor  # (n, C)
+    features: Tensor  # (n, C, K)
+    targets: Tensor  # (n,)
+
+
+def _cached(
+    linearization: Linearization,
+    batches: Iterable[tuple[Inputs, Tensor]],
+    basis: Basis,
+    num_outputs: int,
+    likelihood: Likelihood,
+) -> Cache:
+    parameter, rank = next(iter(linearization.parameters.values())), len(next(iter(basis.values())))
+    parts = [(*linearization.features(inputs, basis), targets) for inputs, targets in batches]
+    if not parts:  # more processes than points
+        none = parameter.new_empty(0, num_outputs)
+        return Cache(none, none.unsqueeze(2).expand(-1, -1, rank), parameter.new_empty(0, dtype=torch.long))
+    logits, features, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Cache(logits, features, likelihood.check(logits, targets))
+
+
 def _calibrated(
-    cached: list[tuple[Tensor, Tensor, Tensor]], hessian: Tensor, likelihood: Likelihood, settings: Settings
+    unseen: Cache, hessian: Tensor, likelihood: Likelihood, settings: Settings, world: World
 ) -> tuple[Posterior, dict[str, float]]:
     """The posterior with scales chosen on cached logits, features and targets, and the figures there."""
-    logits, features, targets = (torch.cat(parts) for parts in zip(*cached, strict=True))
-    targets = likelihood.check(logits, targets)
-    draws = standard_normal(settings.num_samples, len(hessian), settings.seed).to(features)
+    draws = standard_normal(settings.num_samples, len(hessian), settings.seed).to(unseen.features)
     posterior = calibrate(
-        logits,
-        features,
-        targets,
+        *unseen,
         hessian,
         likelihood,
         predictive=settings.predictive,
         draws=draws,
         prior_variance=settings.prior_variance,
         covariance_scale=settings.covariance_scale,
+        world=world,
     )
-    factor = features @ posterior.root().to(features.dtype)
-    figures = _scores(likelihood, Gaussian(logits, factor, draws), targets, settings.predictive)
+    with world.together("the figures"):
+        factor = unseen.features @ posterior.root().to(unseen.features.dtype)
+        probs = _probabilities(likelihood, Gaussian(unseen.logits, factor, draws), settings.predictive)
+    count = int(world.sum(torch.tensor(len(unseen.targets))))
+    targets = world.gather_rows(unseen.targets.unsqueeze(1), count)
+    gathered = [(name, world.gather_rows(values, count)) for name, values in probs.items()]
+    with world.together("the figures"):
+        known = {name: values for name, values in gathered if values is not None}
+        figures = {} if targets is None else _figures(likelihood, known, targets.squeeze(1))
+    figures = world.object_from_first(figures)
     if figures["ella/nll"] > figures["map/nll"] - 1e-4:
         log.warning(
             "ELLA: the calibration points ask for no uncertainty. Either the network is not overconfident, or "
@@ -326,18 +349,20 @@ def _given(hessian: Tensor, settings: Settings) -> Posterior:
     return Posterior(hessian, torch.tensor(prior).to(hessian), torch.tensor(scale).to(hessian))
 
 
-def _scores(likelihood: Likelihood, logits: Gaussian, targets: Tensor, predictive: str) -> dict[str, float]:
-    """Figures of the network as it was ("map/…") and of the posterior's predictive ("ella/…")."""
+def _probabilities(likelihood: Likelihood, logits: Gaussian, predictive: str) -> dict[str, Tensor]:
+    """Those of the network as it was ("map") and of the posterior's predictive ("ella"), (n, C)."""
     certain = Gaussian(logits.mean, torch.zeros_like(logits.factor[..., :1]), torch.zeros_like(logits.draws[:1, :1]))
-    figures = {}
-    for name, prediction in {
-        "map": likelihood.predict(certain, "mc"),
-        "ella": likelihood.predict(logits, predictive),
-    }.items():
-        metrics = likelihood.metrics(logits.mean.shape[1]).to(targets.device)
-        metrics.update(prediction.probs, targets)
-        figures |= {f"{name}/{metric}": float(value) for metric, value in metrics.compute().items()}
-    return figures
+    return {"map": likelihood.predict(certain, "mc").probs, "ella": likelihood.predict(logits, predictive).probs}
+
+
+def _figures(likelihood: Likelihood, probs: dict[str, Tensor], targets: Tensor) -> dict[str, float]:
+    """Metrics of each, by name: map/nll, ella/nll, and so on."""
+    found = {}
+    for name, values in probs.items():
+        metrics = likelihood.metrics(values.shape[1], sync_on_compute=False).to(targets.device)
+        metrics.update(values, targets)
+        found |= {f"{name}/{metric}": float(value) for metric, value in metrics.compute().items()}
+    return found
 
 
 def _tqdm(batches: Iterable, description: str, total: int) -> Iterable:
@@ -347,11 +372,6 @@ def _tqdm(batches: Iterable, description: str, total: int) -> Iterable:
             bar.update(num_samples(batch[0]))
 
 
-def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}.")
-
-
-def _at_least_one(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+def silent(batches: Iterable, description: str, total: int) -> Iterable:
+    """Show no progress."""
+    return batches

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import log, pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,8 @@ class Likelihood(ABC):
         """Σ_b Ψ_bᵀ Λ_b Ψ_b, (K, K), with Λ the Hessian of the negative log-likelihood in the logits."""
 
     @abstractmethod
-    def sampled_score(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """∇ log p(y|f) in the logits, (B, C), for one target drawn from the network's own p(y|f) each."""
+    def sampled_score(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """∇ log p(y|f) in the logits, (B, C), for one target each, drawn from the network's p(y|f) by uniforms (B,)."""
 
     @abstractmethod
     def predict(self, logits: Gaussian, predictive: str) -> "ClassPrediction":
@@ -72,8 +73,8 @@ class Likelihood(ABC):
         """Negative log-likelihood of each target, (B,), nats."""
 
     @abstractmethod
-    def metrics(self, num_outputs: int) -> MetricCollection:
-        """Figures of a predictive, updated with `(prediction.probs, targets)`."""
+    def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
+        """Figures of a predictive, updated with `(prediction.probs, targets)`; `options` are those of a Metric."""
 
 
 class Classification(Likelihood):
@@ -103,11 +104,12 @@ class Classification(Likelihood):
         weighted = (probs.sqrt() * centred).flatten(0, 1)  # (BC, K)
         return weighted.T @ weighted
 
-    def sampled_score(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """The one-hot label minus p."""
+    def sampled_score(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """The one-hot label minus p; the label is where the distribution function passes the uniform number."""
         probs = logits.softmax(-1)
-        labels = torch.multinomial(probs.cpu(), 1, generator=generator).squeeze(1)
-        return torch.nn.functional.one_hot(labels.to(probs.device), probs.shape[1]) - probs
+        passed = probs.double().cumsum(-1) <= uniforms.unsqueeze(1)  # (B, C)
+        labels = passed.sum(-1).clamp_max(probs.shape[1] - 1)
+        return torch.nn.functional.one_hot(labels, probs.shape[1]) - probs
 
     def predict(self, logits: Gaussian, predictive: str) -> "ClassPrediction":
         """Class probabilities by Monte Carlo ("mc"), the probit approximation or the Laplace bridge."""
@@ -118,9 +120,9 @@ class Classification(Likelihood):
         probs = prediction.probs.gather(1, targets.unsqueeze(1)).squeeze(1)
         return -probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
 
-    def metrics(self, num_outputs: int) -> MetricCollection:
+    def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
         """Accuracy, NLL, ECE and Brier score."""
-        return classification_metrics(num_outputs)
+        return classification_metrics(num_outputs, **options)
 
 
 @dataclass

@@ -52,14 +52,19 @@ class BrierScore(_MeanScore):
         return (probs - torch.nn.functional.one_hot(targets, probs.shape[1])).square().sum(1)
 
 
-def classification_metrics(num_classes: int) -> MetricCollection:
-    """Accuracy, NLL, ECE (15 bins, top label) and Brier score of probabilities (B, C) and labels (B,)."""
+def classification_metrics(num_classes: int, **options: Any) -> MetricCollection:
+    """Accuracy, NLL, ECE (15 bins, top label) and Brier score of probabilities (B, C) and labels (B,).
+
+    Args:
+        num_classes: C.
+        **options: of every Metric, as `sync_on_compute=False` where one process of several computes alone.
+    """
     return MetricCollection(
         {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            "nll": NegativeLogLikelihood(),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15, norm="l1"),
-            "brier": BrierScore(),
+            "accuracy": MulticlassAccuracy(num_classes, average="micro", **options),
+            "nll": NegativeLogLikelihood(**options),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15, norm="l1", **options),
+            "brier": BrierScore(**options),
         },
         compute_groups=False,
     )

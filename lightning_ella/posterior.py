@@ -7,6 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from .distributed import World
 from .likelihoods import Gaussian, Likelihood
 
 PRIOR_VARIANCES = (1e-4, 1e-2, 1e0, 1e2)  # where the search for each scale starts
@@ -23,9 +24,9 @@ class Posterior:
     covariance_scale: Tensor
 
     def root(self) -> Tensor:
-        """R (K, K) with R Rᵀ = s A⁻¹, float64. Eigenvectors are used, so that all scales share their directions."""
+        """R (K, K) with R Rᵀ = s A⁻¹, float64: the symmetric one, which does not hang on the signs of eigenvectors."""
         eigenvalues, eigenvectors = torch.linalg.eigh(self.curvature)
-        return eigenvectors * self._deviations(eigenvalues)
+        return eigenvectors * self._deviations(eigenvalues) @ eigenvectors.T
 
     def _deviations(self, eigenvalues: Tensor) -> Tensor:
         return (self.covariance_scale / (eigenvalues.clamp_min(0) + 1 / self.prior_variance)).sqrt()
@@ -42,6 +43,7 @@ def calibrate(
     draws: Tensor,
     prior_variance: float | None = None,
     covariance_scale: float | None = None,
+    world: World | None = None,
 ) -> Posterior:
     """Choose the prior variance and the covariance scale with the lowest NLL on unseen points.
 
@@ -58,17 +60,22 @@ def calibrate(
         draws: (S, K) standard normal numbers; as many are used as `TUNING_BUDGET` allows, 16 at least.
         prior_variance: fixes σ₀², if given.
         covariance_scale: fixes s, if given.
+        world: the processes that share the calibration points; the arguments are then this one's share.
     """
-    draws = draws[: max(16, TUNING_BUDGET // logits.numel())]
+    world = world or World()
+    count = int(world.sum(torch.tensor(len(logits))))
+    draws = draws[: max(16, TUNING_BUDGET // (count * logits.shape[1]))]
     unit = torch.ones((), dtype=torch.float64, device=curvature.device)
 
     def posterior(exponents: tuple[float, float]) -> Posterior:
         return Posterior(curvature, *(unit * 10.0**exponent for exponent in exponents))
 
     def nll(exponents: tuple[float, float]) -> float:
-        factor = features @ posterior(exponents).root().to(features.dtype)
-        prediction = likelihood.predict(Gaussian(logits, factor, draws), predictive)
-        return float(likelihood.nll(prediction, targets).mean().nan_to_num(torch.inf))
+        with world.together("the calibration"):
+            factor = features @ posterior(exponents).root().to(features.dtype)
+            prediction = likelihood.predict(Gaussian(logits, factor, draws), predictive)
+            total = likelihood.nll(prediction, targets).double().sum()
+        return float((world.sum(total) / count).nan_to_num(torch.inf))
 
     def exponents(given: float | None, candidates: tuple[float, ...]) -> list[float]:
         return torch.tensor(candidates if given is None else [given]).double().log10().tolist()

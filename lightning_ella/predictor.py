@@ -4,22 +4,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from . import artefact
 from .data import Inputs
 from .engine import Linearization
 from .likelihoods import LIKELIHOODS, ClassPrediction, Gaussian
 from .linearize import Basis, Forward, as_function, call
 from .posterior import Posterior
+from .settings import Settings
 
-FORMAT = "lightning-ella 1"
+FORMAT = "lightning-ella 2"
 
 
 class ELLAPredictor(nn.Module):
@@ -39,6 +40,7 @@ class ELLAPredictor(nn.Module):
         forward: how to call the network.
         settings: the other numbers and names that predictions depend on: `likelihood`, `predictive`, `num_samples`,
             `seed`, and those of `Linearization`.
+        origin: says which weights these are, in the error that refuses others: the name of a checkpoint.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class ELLAPredictor(nn.Module):
         covariance_scale: Tensor,
         forward: Forward = call,
         settings: Mapping[str, Any],
+        origin: str = "",
     ):
         super().__init__()
         # Not registered: the head may then be a submodule of the network, as in `module.ella = ELLAPredictor.load(…)`.
@@ -63,7 +66,7 @@ class ELLAPredictor(nn.Module):
         self.eigenvalues, self.curvature = eigenvalues, curvature
         self.prior_variance, self.covariance_scale = prior_variance, covariance_scale
         self.forward_function = forward
-        self.settings = dict(settings)
+        self.settings, self.origin = dict(settings), origin
         self.likelihood = LIKELIHOODS[settings["likelihood"]]()
         self.draws = standard_normal(settings["num_samples"], len(curvature), settings["seed"])
         self.fingerprint = fingerprint(model)
@@ -96,24 +99,19 @@ class ELLAPredictor(nn.Module):
         return len(self.curvature)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the posterior, without the network, as one safetensors file; it replaces an older one in one step."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        """Write the posterior, without the network, as one safetensors file; it replaces an older one in one step.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         metadata = {
             "format": FORMAT,
             "settings": json.dumps(self.settings),
             "fingerprint": json.dumps(self.fingerprint),
+            "origin": self.origin,
         }
-        tensors = {name: getattr(self, name) for name in _PARTS} | {
-            f"basis.{name}": tangents for name, tangents in self.basis.items()
-        }
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return path
+        basis = {f"basis.{name}": tangents for name, tangents in self.basis.items()}
+        return artefact.write(path, {name: getattr(self, name) for name in _PARTS} | basis, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, forward: Forward = call) -> Self:
@@ -125,30 +123,37 @@ class ELLAPredictor(nn.Module):
             forward: how to call it, if the fit was told (a function is not stored).
 
         Raises:
-            ValueError: if the file is no posterior, or belongs to another network or to other weights.
+            FileNotFoundError: if there is no file.
+            ValueError: if the file is no posterior, is not as it was written, or belongs to another network or to
+                other weights.
         """
+        described: dict[str, Any] = {}
+
+        def accept(metadata: dict[str, str], shapes: artefact.Shapes) -> None:
+            try:
+                origin, theirs = metadata["origin"], json.loads(metadata["fingerprint"])
+                theirs = {name: str(theirs[name]) for name in ("network", "weights")}
+                settings = asdict(Settings(**json.loads(metadata["settings"])))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
+            _compare(theirs, fingerprint(model), f"the posterior in {path}", origin)
+            _check_shapes(shapes, model, path)
+            described.update(settings=settings, origin=origin)
+
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} is not a posterior written by ELLAPredictor.save.")
-                _compare(json.loads(metadata["fingerprint"]), fingerprint(model), f"the posterior in {path}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-                settings = json.loads(metadata["settings"])
-                basis = {
-                    name.removeprefix("basis."): tensors.pop(name)
-                    for name in list(tensors)
-                    if name.startswith("basis.")
-                }
-                return cls(model, basis=basis, forward=forward, settings=settings, **tensors)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
+        tensors, _ = artefact.read(path, FORMAT, device, accept)
+        if not all(tensor.is_floating_point() and tensor.sum().isfinite() for tensor in tensors.values()):
+            raise ValueError(f"{path} has numbers that are NaN, infinite or not floating-point: fit again.")
+        parts = {name: tensors.pop(name) for name in _PARTS}
+        if min(parts["prior_variance"], parts["covariance_scale"]) <= 0:
+            raise ValueError(f"{path} has a variance that is not positive: fit again.")
+        basis = {name.removeprefix("basis."): tangents for name, tangents in tensors.items()}
+        return cls(model, basis=basis, forward=forward, **described, **parts)
 
     def _check_weights(self) -> None:
         versions = _versions(self.model)
         if versions != self._verified:  # something wrote to the weights: see whether they changed
-            _compare(self.fingerprint, fingerprint(self.model), "this posterior")
+            _compare(self.fingerprint, fingerprint(self.model), "this posterior", self.origin)
             self._verified = versions
             self._linearization = linearize(self.model, self.forward_function, self.settings, self.basis)
 
@@ -196,17 +201,28 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     return {"network": network.hexdigest(), "weights": weights.hexdigest()}
 
 
-def _compare(expected: dict[str, str], found: dict[str, str], what: str) -> None:
+def _compare(expected: dict[str, str], found: dict[str, str], what: str, origin: str) -> None:
     if expected["network"] != found["network"]:
         raise ValueError(
             f"{what} belongs to a network with other layers: pass the network that it was fitted with, "
             "wrapped in the same module."
         )
     if expected["weights"] != found["weights"]:
+        theirs = f"{origin}, {expected['weights'][:8]}" if origin else expected["weights"][:8]
         raise ValueError(
-            f"{what} was fitted at other weights ({expected['weights'][:8]}, the network has {found['weights'][:8]}): "
+            f"{what} was fitted at other weights ({theirs}; the network has {found['weights'][:8]}): "
             "load the weights that it was fitted with, or fit again."
         )
+
+
+def _check_shapes(shapes: artefact.Shapes, model: nn.Module, path: Any) -> None:
+    """Raise a ValueError unless the tensors of a file are those of a posterior of this network."""
+    rank = next(iter(shapes.get("eigenvalues", ())), 0)
+    expected = {"eigenvalues": (rank,), "curvature": (rank, rank), "prior_variance": (), "covariance_scale": ()}
+    expected |= {f"basis.{name}": (rank, *parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = [name for name, shape in shapes.items() if expected.get(name) != shape]
+    if wrong or rank < 1 or not shapes.keys() >= set(_PARTS) or len(shapes) == len(_PARTS):
+        raise ValueError(f"the tensors in {path} are not those of a posterior of this network ({wrong}): fit again.")
 
 
 def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:

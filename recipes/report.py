@@ -71,7 +71,7 @@ def predict(predictor: ELLAPredictor, loader: DataLoader, description: str) -> d
 
 def figures(name: str, seen: dict[str, Tensor], foreign: dict[str, Tensor]) -> dict[str, float | None]:
     """Figures of one predictive; the network alone has no epistemic uncertainty."""
-    metrics = classification_metrics(seen[name].shape[1])
+    metrics = classification_metrics(seen[name].shape[1], sync_on_compute=False)
     metrics.update(seen[name], seen["targets"])
     is_foreign = [0] * len(seen[name]) + [1] * len(foreign[name])
 

@@ -29,8 +29,11 @@ def main(config: DictConfig) -> None:
         logger.experiment.config.update(resolved)
     best = ModelCheckpoint(monitor="val/loss", save_last=True)
     trainer = instantiate(config.trainer, callbacks=[best, ella], logger=logger)
-    trainer.fit(module, data)
-    write_report(ella.predictor, data, trainer, resolved, folder)
+    trainer.fit(module, data, ckpt_path=config.ckpt_path)
+    if trainer.is_global_zero:
+        if ella.predictor is None:
+            raise SystemExit("ELLA could not be fitted: the reason is above. The checkpoints are kept.")
+        write_report(ella.predictor, data, trainer, resolved, folder)
 
 
 if __name__ == "__main__":

@@ -429,38 +429,158 @@ def test_weights_that_do_not_exist_are_refused():
         ELLACallback(weights="newest")
 
 
-def test_several_devices_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="ELLA runs on one device so far, not on 2"):
-        ELLACallback().setup(_WithWorldSize(make_trainer(tmp_path), 2), Net(), "fit")
+class _WithStrategy:
+    """A trainer that says it has another strategy."""
 
-
-class _WithWorldSize:
-    """A trainer that says it runs on several devices."""
-
-    def __init__(self, trainer: pl.Trainer, world_size: int):
-        self._trainer, self.world_size = trainer, world_size
+    def __init__(self, trainer: pl.Trainer, strategy: Any):
+        self._trainer, self.strategy = trainer, strategy
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trainer, name)
 
 
 def test_sharded_parameters_are_refused(tmp_path: Path):
-    trainer = _WithWorldSize(make_trainer(tmp_path), 1)
-    trainer.strategy = FSDPStrategy()
+    trainer = _WithStrategy(make_trainer(tmp_path), FSDPStrategy())
     with pytest.raises(ValueError, match="FSDPStrategy shards them"):
         ELLACallback().setup(trainer, Net(), "fit")
 
 
-def test_an_error_at_the_end_costs_neither_weights_nor_checkpoints(tmp_path: Path):
-    class Diverging(Net):
-        def on_train_end(self):
-            self.body[4].weight.data.fill_(torch.nan)
+class Diverging(Net):
+    """Its weights are lost after the last checkpoint."""
 
-    module = Diverging()
-    trainer = make_trainer(tmp_path, ELLACallback(**SMALL))
-    with pytest.raises(ValueError, match="outputs are NaN or infinite"):
+    def on_train_end(self):
+        self.body[4].weight.data.fill_(torch.nan)
+
+
+def test_an_error_at_the_end_costs_neither_weights_nor_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    module, ella = Diverging(), ELLACallback(**SMALL)
+    trainer = make_trainer(tmp_path, ella)
+    with caplog.at_level(logging.WARNING, "lightning_ella"):
         trainer.fit(module, Data())
+    assert "outputs are NaN or infinite" in caplog.text
+    assert "the trained network is as it would be without ELLA" in caplog.text
+    assert "Traceback" in caplog.text
+    assert ella.predictor is None
+    assert not hasattr(module, "ella")
     saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)["state_dict"]
     torch.testing.assert_close(module.body[0].weight, saved["body.0.weight"])
     assert saved["body.4.weight"].isfinite().all()
     assert module.training
+
+
+def test_an_error_at_the_end_is_raised_on_demand(tmp_path: Path):
+    with pytest.raises(ValueError, match="outputs are NaN or infinite"):
+        make_trainer(tmp_path, ELLACallback(on_error="raise", **SMALL)).fit(Diverging(), Data())
+    with pytest.raises(ValueError, match="on_error='ignore' is not one of 'warn', 'raise'"):
+        ELLACallback(on_error="ignore")
+
+
+class Throwing(CSVLogger):
+    def log_metrics(self, metrics, step=None):
+        if "ella/nll" in metrics:
+            raise ConnectionError("the server does not answer")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_throws_costs_only_its_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    module, ella = Net(), ELLACallback(**SMALL)
+    trainer = make_trainer(tmp_path, ella, logger=[Throwing(tmp_path), CSVLogger(tmp_path, "second")])
+    with caplog.at_level(logging.WARNING, "lightning_ella"):
+        trainer.fit(module, Data())
+    assert "the posterior is in memory, but something failed" in caplog.text
+    assert "ConnectionError: the server does not answer" in caplog.text
+    assert module.ella(torch.ones(1, 2)).probs.shape == (1, 3)
+    assert "ella/nll" in trainer.callback_metrics
+    assert "ella/nll" in (Path(trainer.loggers[1].log_dir) / "metrics.csv").read_text()
+    assert (Path(trainer.checkpoint_callback.dirpath) / "ella.safetensors").exists()
+
+
+@pytest.mark.parametrize("where", ["a file", "a full disk"])
+def test_a_file_that_cannot_be_written_costs_only_itself(
+    tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "here"
+    if where == "a file":
+        folder.write_text("not a folder")  # as read-only as a folder can be for root
+    else:
+        monkeypatch.setattr("lightning_ella.artefact.save_file", no_room)
+    module, ella = Net(), ELLACallback(path=folder / "ella.safetensors", **SMALL)
+    with caplog.at_level(logging.WARNING, "lightning_ella"):
+        make_trainer(tmp_path, ella).fit(module, Data())
+    assert "the posterior is in memory, but something failed" in caplog.text
+    assert "this fit cannot be resumed" in caplog.text
+    assert ella.predictor(torch.ones(1, 2)).probs.shape == (1, 3)
+    assert list(folder.parent.glob("here/*")) == []
+
+
+def no_room(*args: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_a_fit_goes_on_where_it_was_cut_short(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    module, last = Net(), ModelCheckpoint(save_last=True)
+    expected = make_trainer(tmp_path, last, first := ELLACallback(**SMALL))
+    expected.fit(module, Data())
+    folder = Path(last.dirpath)
+    assert not list(folder.glob("*.stages"))  # nothing is left of a fit that ended well
+    monkeypatch.setattr("lightning_ella.fit._calibrated", killed)
+    with pytest.raises(SystemExit):
+        make_trainer(tmp_path / "again", ELLACallback(resume=True, **SMALL)).fit(
+            Net(), Data(), ckpt_path=folder / "last.ckpt"
+        )
+    monkeypatch.undo()
+    (left,) = tmp_path.glob("again/**/ella.stages")
+    left.rename(folder / "ella.stages")
+    monkeypatch.setattr("lightning_ella.fit.nystrom_basis", killed)
+    monkeypatch.setattr("lightning_ella.fit.curvature", killed)
+    second = ELLACallback(resume=True, **SMALL)
+    with caplog.at_level(logging.INFO, "lightning_ella"):
+        make_trainer(tmp_path / "third", second).fit(Net(), Data(), ckpt_path=folder / "last.ckpt")
+    assert "ELLA: basis read from" in caplog.text
+    assert "ELLA: curvature read from" in caplog.text
+    x = torch.randn(5, 2)
+    torch.testing.assert_close(second.predictor(x).probs, first.predictor(x).probs, rtol=0, atol=0)
+    assert not list(folder.glob("*.stages"))
+
+
+def killed(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_stages_of_another_fit_are_not_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "ella.safetensors"
+    module = Net()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_ella.fit._calibrated", killed)
+        with pytest.raises(SystemExit):
+            make_trainer(tmp_path, ELLACallback(path=path, **SMALL)).fit(module, Data())
+    assert path.with_suffix(".stages").exists()
+    other = ELLACallback(path=path, resume=True, **{**SMALL, "rank": 3})
+    with caplog.at_level(logging.INFO, "lightning_ella"):
+        make_trainer(tmp_path, other, max_epochs=0).fit(module, Data())
+    assert "starting from the beginning" in caplog.text
+    assert other.predictor.rank == 3
+
+
+def test_other_weights_are_refused_by_name(tmp_path: Path):
+    class Falling(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", float(self.current_epoch))  # the first epoch is the best
+
+    best = ModelCheckpoint(monitor="val_loss", save_last=True)
+    trainer = make_trainer(tmp_path, best, ELLACallback(**SMALL))
+    trainer.fit(module := Falling(), Data())
+    last = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"fitted at other weights \(the last weights, after 12 steps, "):
+        trainer.test(ckpt_path="best", datamodule=Data(), verbose=False)
+    module.load_state_dict(last)
+    trainer.test(module, datamodule=Data(), verbose=False)
+    best = ModelCheckpoint(monitor="val_loss")
+    trainer = make_trainer(tmp_path / "second", best, ELLACallback(weights="best", path=tmp_path / "best", **SMALL))
+    trainer.fit(Falling(), Data())
+    module = Falling()
+    with pytest.raises(ValueError, match=r"fitted at other weights \(the weights of epoch=0-step=6.ckpt, "):
+        ELLAPredictor.load(tmp_path / "best", module)

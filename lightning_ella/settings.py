@@ -1,0 +1,104 @@
+"""What a fit and its predictions depend on, apart from the network and the data."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .curvature import CURVATURES
+from .engine import ENGINES, PRECISIONS
+from .landmarks import LANDMARKS
+from .likelihoods import LIKELIHOODS
+
+MAX_DRAWS = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a fit depends on, apart from the network and the data.
+
+    Attributes:
+        likelihood: what the network's outputs mean: "classification".
+        num_landmarks: M, training inputs that the kernel is approximated from, one output of each.
+        rank: K, directions of the kernel that are kept.
+        landmarks: how the landmarks are drawn: "class-balanced" or "uniform".
+        curvature: "exact", or "sampled" with one backward pass a point.
+        num_curvature: n, training points that the curvature is estimated from; None takes all.
+        num_calibration: unseen points that the scales are chosen on, at most; None takes all.
+        prior_variance: σ₀²; None chooses it on unseen points.
+        covariance_scale: multiplier of the posterior covariance; None chooses it on unseen points.
+        predictive: how probabilities are averaged over the posterior: "mc", "probit" or "bridge".
+        num_samples: Monte Carlo draws S.
+        engine: how features are computed: "forward" or "layerwise" (reverse) mode; "auto" takes the cheaper one.
+        precision: of the features: "full" is that of the weights, "bf16" is faster where the processor has it.
+        basis_precision: in which V is kept: "full", or "bf16" for half the memory.
+        memory_budget: bytes that may be used beyond the network and V; None takes a quarter of what is free.
+        samples_per_chunk: inputs that go through the network at a time; None chooses.
+        tangents_per_chunk: tangents that go through it at a time; None chooses.
+        seed: fixes landmarks, chosen points and Monte Carlo draws.
+
+    Raises:
+        ValueError: if a setting is out of range, or no such name exists.
+    """
+
+    likelihood: str = "classification"
+    num_landmarks: int = 2000
+    rank: int = 20
+    landmarks: str = "class-balanced"
+    curvature: str = "exact"
+    num_curvature: int | None = 2000
+    num_calibration: int | None = 5000
+    prior_variance: float | None = None
+    covariance_scale: float | None = None
+    predictive: str = "mc"
+    num_samples: int = 512
+    engine: str = "auto"
+    precision: str = "full"
+    basis_precision: str = "full"
+    memory_budget: int | None = None
+    samples_per_chunk: int | None = None
+    tangents_per_chunk: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        _one_of("likelihood", self.likelihood, LIKELIHOODS)
+        _one_of("landmarks", self.landmarks, LANDMARKS)
+        _one_of("predictive", self.predictive, LIKELIHOODS[self.likelihood].predictives)
+        _one_of("curvature", self.curvature, CURVATURES)
+        _one_of("engine", self.engine, ENGINES)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("basis_precision", self.basis_precision, PRECISIONS)
+        for name in ("num_landmarks", "rank", "num_samples"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("num_curvature", "num_calibration", "memory_budget", "samples_per_chunk", "tangents_per_chunk"):
+            if getattr(self, name) is not None:
+                _at_least_one(name, getattr(self, name))
+        if self.num_samples > MAX_DRAWS:
+            raise ValueError(f"num_samples={self.num_samples} is more than {MAX_DRAWS}: 512 are usually enough.")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r} must be a whole number of at least 0.")
+        for name in ("prior_variance", "covariance_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value!r} must be a positive number, or None to choose it on unseen points.")
+        if self.rank > self.num_landmarks:
+            raise ValueError(
+                f"rank={self.rank} is more than num_landmarks={self.num_landmarks} can span: "
+                f"pass rank={self.num_landmarks} or less, or more landmarks."
+            )
+
+    def limited(self, **limits: int) -> "Settings":
+        """These settings, with none of the named numbers above its limit (None counts as above)."""
+        return replace(
+            self,
+            **{n: limit if getattr(self, n) is None else min(limit, getattr(self, n)) for n, limit in limits.items()},
+        )
+
+
+def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}.")
+
+
+def _at_least_one(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")

@@ -1,0 +1,271 @@
+"""Several processes together give the posterior of one, and fail together. Real processes, gloo."""
+
+import multiprocessing
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ListDataset, mlp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_ella import Settings
+from lightning_ella.distributed import World
+from lightning_ella.fit import run
+
+MOST = 4
+
+
+class Pool:
+    """`MOST` processes in a group; a job goes to the first few of them."""
+
+    def __init__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.inboxes, self.answers = [context.Queue() for _ in range(MOST)], context.Queue()
+        self.processes = [
+            context.Process(target=serve, args=(rank, port, inbox, self.answers), daemon=True)
+            for rank, inbox in enumerate(self.inboxes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __call__(self, size: int, function: Callable, *args: Any) -> list[Any]:
+        """What `function(world, *args)` returned, or the error it raised, on each of `size` processes."""
+        for inbox in self.inboxes[:size]:
+            inbox.put((size, function, args))
+        answers = dict(self.answers.get(timeout=120) for _ in range(size))
+        return [answers[rank] for rank in range(size)]
+
+    def close(self) -> None:
+        for inbox in self.inboxes:
+            inbox.put(None)
+        for process in self.processes:
+            process.join(20)
+
+
+def serve(rank: int, port: int, inbox: Any, answers: Any) -> None:
+    torch.set_num_threads(1)
+    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=MOST, timeout=timeout)
+    groups = {size: dist.new_group(range(size)) for size in range(1, MOST + 1)}
+    while (job := inbox.get()) is not None:
+        size, function, args = job
+        try:
+            answers.put((rank, function(World(groups[size]), *args)))
+        except Exception as error:
+            answers.put((rank, f"{type(error).__name__}: {error}"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A small network, its data and the settings of a fit, made anew from these numbers in every process."""
+
+    points: int = 23
+    landmarks: int = 11
+    rank: int = 3
+    outputs: int = 3
+    batch_size: int = 4
+    num_curvature: int | None = 13
+    unseen: int = 9
+    curvature: str = "exact"
+    memory_budget: int = 2**30
+    dtype: torch.dtype = torch.float64
+
+    def settings(self) -> Settings:
+        return Settings(
+            num_landmarks=self.landmarks,
+            rank=self.rank,
+            num_curvature=self.num_curvature,
+            curvature=self.curvature,
+            memory_budget=self.memory_budget,
+            num_samples=64,
+        )
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, self.outputs)).to(self.dtype)
+
+    def loader(self, count: int, seed: int) -> DataLoader:
+        """The number of each point is its first coordinate, in thousandths."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(count, 4, generator=generator).to(self.dtype)
+        x[:, 0] = torch.arange(count) / 1000
+        y = torch.randint(self.outputs, (count,), generator=generator)
+        return DataLoader(ListDataset(list(zip(x, y, strict=True))), self.batch_size)
+
+
+def fitted(world: World, problem: Problem) -> dict[str, Any]:
+    visited: dict[str, list[int]] = {}
+
+    def progress(batches: Any, description: str, total: int) -> Iterator:
+        for inputs, targets in batches:
+            visited.setdefault(description, []).extend((1000 * inputs[:, 0]).round().int().tolist())
+            yield inputs, targets
+
+    train, unseen = problem.loader(problem.points, 1), problem.loader(problem.unseen, 2)
+    fit = run(problem.network(), train, unseen, problem.settings(), progress=progress, world=world)
+    torch.manual_seed(3)
+    out = fit.predictor(torch.randn(5, 4, dtype=problem.dtype))
+    figures = {name: value for name, value in fit.figures.items() if name != "ella/seconds"}
+    tensors = {
+        "curvature": fit.predictor.curvature,
+        "eigenvalues": fit.predictor.eigenvalues,
+        "probs": out.probs,
+        "covariance": out.logits_covariance,
+    }
+    return {"figures": figures, "visited": visited} | {name: value.tolist() for name, value in tensors.items()}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    for name in ("curvature", "eigenvalues", "probs", "covariance"):
+        one, other = torch.tensor(found[name]).double(), torch.tensor(expected[name]).double()
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+    assert found["figures"] == pytest.approx(expected["figures"], rel=max(tolerance, 1e-6))  # metrics are in float32
+
+
+def assert_each_once(answers: list[dict[str, Any]], alone: dict[str, Any], problem: Problem) -> None:
+    for stage, expected in alone["visited"].items():
+        visited = Counter(number for answer in answers for number in answer["visited"].get(stage, []))
+        assert visited == Counter(expected), stage
+    assert len(alone["visited"]["ELLA landmarks"]) == problem.landmarks
+    assert len(alone["visited"]["ELLA calibration"]) == problem.unseen
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_any_number_of_processes_gives_the_same_posterior(pool: Pool, data: st.DataObject):
+    points = data.draw(st.integers(2, 30))
+    landmarks = data.draw(st.integers(1, points))
+    problem = Problem(
+        points=points,
+        landmarks=landmarks,
+        rank=data.draw(st.integers(1, min(landmarks, 4))),
+        outputs=data.draw(st.sampled_from([2, 3, 6])),
+        batch_size=data.draw(st.integers(1, 9)),
+        num_curvature=data.draw(st.none() | st.integers(1, 20)),
+        unseen=data.draw(st.integers(1, 12)),
+        curvature=data.draw(st.sampled_from(["exact", "sampled"])),
+    )
+    size = data.draw(st.integers(2, MOST))
+    alone, answers = fitted(World(), problem), pool(size, fitted, problem)
+    for answer in answers:
+        assert isinstance(answer, dict), answer
+        assert_same(answer, alone, 1e-10)
+    assert_each_once(answers, alone, problem)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_streamed_gradients_give_the_same_posterior(pool: Pool, size: int):
+    problem = Problem(points=60, landmarks=50, memory_budget=8 * 50 * 30 * 4)  # sketches of 30 of 67 numbers
+    alone, answers = fitted(World(), problem), pool(size, fitted, problem)
+    for answer in answers:
+        assert_same(answer, alone, 1e-10)
+
+
+def test_float32_gives_the_same_posterior_to_its_rounding(pool: Pool):
+    problem = Problem(dtype=torch.float32)
+    alone = fitted(World(), problem)
+    for answer in pool(3, fitted, problem):
+        assert_same(answer, alone, 1e-3)
+
+
+def test_processes_without_points_take_part(pool: Pool):
+    problem = Problem(points=3, landmarks=2, rank=1, num_curvature=1, unseen=1)
+    alone, answers = fitted(World(), problem), pool(4, fitted, problem)
+    for answer in answers:
+        assert isinstance(answer, dict), answer
+        assert_same(answer, alone, 1e-10)
+    assert_each_once(answers, alone, problem)
+
+
+def broken(world: World, stage: str, rank: int, how: str) -> None:
+    """A fit in which one process fails in one stage."""
+    problem = replace(Problem(), points=400, landmarks=300, num_curvature=400, unseen=300, batch_size=1)
+
+    def progress(batches: Any, description: str, total: int) -> Iterator:
+        for i, (inputs, targets) in enumerate(batches):
+            if world.rank == rank and stage in description and i == 2:
+                if how == "error":
+                    raise KeyError("the disk with the images is gone")
+                if how == "memory":
+                    raise torch.OutOfMemoryError("tried to allocate 80 GB")
+                inputs = inputs * float("nan")
+            elif stage in description:
+                time.sleep(0.05)  # the others would be busy for long
+            yield inputs, targets
+
+    data = problem.loader(problem.points, 1), problem.loader(problem.unseen, 2)
+    run(problem.network(), *data, problem.settings(), progress=progress, world=world)
+
+
+MESSAGES = {"error": "KeyError: 'the disk with the images is gone'", "memory": "tried to allocate 80 GB", "nan": "NaN"}
+
+
+@pytest.mark.parametrize("how", ["error", "memory", "nan"])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("stage", ["landmarks", "curvature", "calibration"])
+def test_what_fails_on_one_process_ends_all_of_them(pool: Pool, stage: str, rank: int, how: str):
+    started = time.monotonic()
+    answers = pool(3, broken, stage, rank, how)
+    assert time.monotonic() - started < 4  # far less than the others' work would take
+    for other, answer in enumerate(answers):
+        assert MESSAGES[how] in answer
+        assert (f"process {rank} of 3 failed" in answer) == (other != rank)
+
+
+def without_gradient(world: World) -> None:
+    model = mlp().double()
+    model[2].weight.data.zero_()
+    model[2].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    points = ListDataset([(torch.randn(3).double(), torch.tensor(i % 3)) for i in range(12)])
+    run(model, DataLoader(points, 4), None, Settings(num_landmarks=8, rank=2), world=world)
+
+
+def test_what_the_first_process_does_alone_may_fail(pool: Pool):
+    answers = pool(3, without_gradient)
+    assert all("every gradient at the landmarks is zero" in answer for answer in answers)
+
+
+def test_sums_and_rows_cross_processes(pool: Pool):
+    answers = pool(4, exchanged)
+    assert [answer["sum"] for answer in answers] == [6.0] * 4
+    assert [answer["rows"] for answer in answers] == [[[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]], None, None, None]
+    assert [answer["tensors"] for answer in answers] == [{"a": [7.0, 0.0]}] * 4
+    assert [answer["share"] for answer in answers] == [[0, 4], [1, 5], [2], [3]]
+    assert [answer["smallest"] for answer in answers] == [10] * 4
+    assert [answer["neighbours"] for answer in answers] == [4] * 4
+
+
+def exchanged(world: World) -> dict[str, Any]:
+    mine = list(world.share(range(6)))
+    rows = world.gather_rows(torch.tensor(mine, dtype=torch.float32).unsqueeze(1), 6)
+    tensors: dict[str, Tensor] = {"a": torch.tensor([7.0, 0.0])} if world.first else {}
+    return {
+        "sum": float(world.sum(torch.tensor(float(world.rank)))),
+        "rows": None if rows is None else rows.tolist(),
+        "tensors": {name: value.tolist() for name, value in world.tensors_from_first(tensors, "cpu").items()},
+        "share": mine,
+        "smallest": world.smallest(10 + world.rank),
+        "neighbours": world.neighbours(),
+    }
