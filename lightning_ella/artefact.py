@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CHECKSUM = "sha256"
-Shapes = dict[str, tuple[int, ...]]
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # by name: type as in the file ("F64") and shape
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
@@ -66,7 +66,8 @@ def read(
             if metadata.get("format") != kind:
                 raise ValueError(f"{path} is not a file of the format {kind!r}.")
             names = list(file.keys())
-            accept(metadata, {name: tuple(file.get_slice(name).get_shape()) for name in names})
+            parts = {name: file.get_slice(name) for name in names}
+            accept(metadata, {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()})
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, UnicodeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): write it again.") from error

@@ -153,7 +153,8 @@ def _leading(gram: Tensor, rank: int, eps: float) -> dict[str, Tensor]:
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending, and eigenvectors whose sign does not hang on rounding."""
     eigenvalues, eigenvectors = (part.flip(-1) for part in torch.linalg.eigh(matrix))
-    return eigenvalues, eigenvectors * eigenvectors.sum(0).sign()
+    generic = torch.arange(1, len(matrix) + 1).cos().to(matrix)  # no symmetry of the matrix makes products with it zero
+    return eigenvalues, torch.where(generic @ eigenvectors < 0, -eigenvectors, eigenvectors)
 
 
 def _combine(chunks: Gradients, weights: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

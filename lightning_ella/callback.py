@@ -4,9 +4,10 @@ import copy
 import functools
 import gc
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -110,10 +111,23 @@ class ELLACallback(Callback):
         """Refuse what cannot work, before training."""
         if stage != "fit":
             return
+        self._predictor = None  # it belongs to other weights than those that this fit ends with
+        _files(trainer).pop(str(self.path), None)
+        if isinstance(getattr(pl_module, "ella", None), ELLAPredictor):
+            object.__setattr__(pl_module, "ella", None)
+        others = [other for other in trainer.callbacks if isinstance(other, ELLACallback) and other is not self]  # type: ignore[attr-defined]
+        if any(str(other.path) == str(self.path) for other in others):
+            raise ValueError("two ELLACallbacks would write the same file: pass another path= to one of them.")
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise ValueError(
                 f"ELLA needs whole parameters on each device, but {type(trainer.strategy).__name__} shards them: "
                 "fit ELLA afterwards from the checkpoint, with Trainer(devices=1, max_epochs=0)."
+            )
+        if trainer.world_size > 1 and not torch.distributed.is_initialized():
+            raise ValueError(
+                f"ELLA needs torch.distributed for {trainer.world_size} processes, which "
+                f"{type(trainer.strategy).__name__} does not use: fit ELLA afterwards from the checkpoint, with "
+                "Trainer(devices=1, max_epochs=0)."
             )
         if self.weights == "best" and not _monitored(trainer):
             raise ValueError(
@@ -128,22 +142,14 @@ class ELLACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try data and network on a few points, so that what would fail after training fails before."""
-        self._predictor = None  # it belongs to weights that are about to change
-        _files(trainer).pop(str(self.path), None)
-        if "ella" in pl_module.__dict__:
-            object.__setattr__(pl_module, "ella", None)
+        world = _world(trainer)
         self._path(trainer)
         with isolate_rng(), self._validating(trainer):
-            (train, _), (calibration, _) = self._train_loader(trainer), self._calibration_loader(trainer)
-            check(
-                pl_module,
-                train,
-                calibration,
-                _fitting(self.settings, trainer, train),
-                unpack=self._unpack(trainer),
-                forward=self.forward,
-                world=_world(trainer),
-            )
+            (train, _), (calibration, _) = self._loaders(trainer, world)
+        with isolate_rng(), self._validating(trainer), world.together("a look before training"):
+            settings, unpack = _fitting(self.settings, trainer, train), self._unpack(trainer)
+            with world.quiet():
+                check(pl_module, train, calibration, settings, unpack=unpack, forward=self.forward)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the posterior, attach it, write it and log it."""
@@ -161,27 +167,28 @@ class ELLACallback(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its predictor in processes that were started anew."""
-        self._read_back(trainer)
+        try:
+            self._read_back(trainer)
+        except ValueError as error:  # other weights, which does not matter to a test that does not ask
+            object.__setattr__(pl_module, "ella", _refuse(error))
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the module its predictor in processes that were started anew."""
-        self._read_back(trainer)
+    on_predict_start = on_test_start
 
     def _fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         home, world = pl_module.device, _world(trainer)
+        path, checkpoint = world.object_from_first((self._path(trainer), self._checkpoint(trainer)))
         with world.together("the choice of weights"):
-            network, origin = self._network(trainer, pl_module)
-            path = self._path(trainer)
-        path = world.object_from_first(path)
+            network, origin = self._network(trainer, pl_module, checkpoint)
+            stages = self._stages(trainer, path)
         with isolate_rng(), self._validating(trainer):
-            with world.together("the choice of data"):
-                train, train_name = self._train_loader(trainer)
-                calibration, calibration_name = self._calibration_loader(trainer)
+            (train, train_name), (calibration, calibration_name) = self._loaders(trainer, world)
             if world.first:
                 log.info("ELLA: fitting on %s, calibrating on %s, at %s.", train_name, calibration_name, origin)
-            stages = self._stages(trainer, path)
             try:
-                network.to(trainer.strategy.root_device)
+                with world.together("moving the network"):
+                    network.to(trainer.strategy.root_device)
+                for buffer in network.buffers():  # DDP lets them drift apart; a checkpoint has the first process's
+                    world.from_first(buffer)
                 fit = run(
                     network,
                     train,
@@ -198,9 +205,7 @@ class ELLACallback(Callback):
                 network.to(home)
         self._attach(pl_module, network, fit.predictor)
         with world.together("writing the posterior and its figures"):
-            self._report(trainer, fit, path)
-        if world.first:
-            stages.forget()
+            self._report(trainer, fit, path, checkpoint, stages)
 
     def _attach(self, pl_module: LightningModule, network: LightningModule, predictor: ELLAPredictor) -> None:
         self._predictor = predictor
@@ -211,26 +216,32 @@ class ELLACallback(Callback):
 
     def _read_back(self, trainer: Trainer) -> None:
         """After a fit in spawned processes, get the predictor from the file that they wrote."""
-        path, pl_module = _files(trainer).get(str(self.path)), trainer.lightning_module
-        if self._predictor is None and path is not None and pl_module is not None:
-            network, _ = self._network(trainer, pl_module)
+        path, checkpoint, writer = _files(trainer).get(str(self.path), (None, None, None))
+        pl_module = trainer.lightning_module
+        if path is not None and writer != os.getpid() and self._predictor is None and pl_module is not None:
+            network, _ = self._network(trainer, pl_module, checkpoint)
             self._attach(pl_module, network, ELLAPredictor.load(path, network, self.forward))
 
     def _stages(self, trainer: Trainer, path: Path) -> Stages:
-        """Keep the stages of the fit beside the posterior, or go on with those that are beside the checkpoint."""
+        """Keep stages beside the posterior; go on with those that such a fit left there or in the trainer's folders."""
         if _fast_dev_run(trainer):
             return Stages()
-        here = path.with_suffix(".stages")
-        if self.resume and not here.exists() and trainer.ckpt_path:
-            there = Path(trainer.ckpt_path).with_name(here.name)
-            return Stages(there if there.exists() else here, resume=True)
-        return Stages(here, resume=self.resume)
+        here = path.with_name(path.name + ".stages")
+        if not self.resume:
+            return Stages(here)
+        beside = [Path(trainer.ckpt_path).with_name(here.name)] if trainer.ckpt_path else []
+        below = Path(trainer.default_root_dir).rglob(here.name)  # of other versions of the logger
+        return Stages(here, [found for found in dict.fromkeys([here, *beside, *below]) if found.exists()])
 
-    def _network(self, trainer: Trainer, pl_module: LightningModule) -> tuple[LightningModule, str]:
-        """The network at the chosen weights, and their name."""
+    @staticmethod
+    def _checkpoint(trainer: Trainer) -> str | None:
+        """The path of the best checkpoint, if there is one."""
+        return next((callback.best_model_path for callback in _monitored(trainer) if callback.best_model_path), None)
+
+    def _network(self, trainer: Trainer, pl_module: LightningModule, path: str | None) -> tuple[LightningModule, str]:
+        """The network at the chosen weights, and their name; `path` is that of the best checkpoint."""
         if self.weights == "last" or _fast_dev_run(trainer):
             return pl_module, f"the last weights, after {trainer.global_step} steps"
-        path = next((callback.best_model_path for callback in _monitored(trainer) if callback.best_model_path), None)
         if path is None:
             raise ValueError(
                 "weights='best', but no checkpoint has been written: train for an epoch, or pass weights='last'."
@@ -246,17 +257,21 @@ class ELLACallback(Callback):
         best.load_state_dict(state, strict=best.strict_loading)
         return best, f"the weights of {Path(path).name}"
 
-    def _train_loader(self, trainer: Trainer) -> tuple[DataLoader, str]:
-        found = self._given(trainer, self.train_loader, "train_loader", "ella_train_dataloader")
-        if found is None:
+    def _loaders(self, trainer: Trainer, world: World) -> tuple[tuple[DataLoader, str], tuple[DataLoader | None, str]]:
+        """The training and the calibration data, and where they come from."""
+        with world.together("the choice of data"):
+            train = self._given(trainer, self.train_loader, "train_loader", "ella_train_dataloader")
+            unseen = self._given(trainer, self.calibration_loader, "calibration_loader", "ella_calibration_dataloader")
+        # Lightning's own loaders are set up by collectives of its own, so outside of `together`.
+        if train is None:
             trainer.fit_loop.setup_data()
-            found = trainer.train_dataloader, "the training data (with their augmentation, if any)"
-        return _only(found[0], "train_loader"), found[1]
+            train = trainer.train_dataloader, "the training data (with their augmentation, if any)"
+        if unseen is None:
+            unseen = self._validation_data(trainer)
+        return (_only(train[0], "train_loader"), train[1]), unseen
 
-    def _calibration_loader(self, trainer: Trainer) -> tuple[DataLoader | None, str]:
-        found = self._given(trainer, self.calibration_loader, "calibration_loader", "ella_calibration_dataloader")
-        if found is not None:
-            return _only(found[0], "calibration_loader"), found[1]
+    @staticmethod
+    def _validation_data(trainer: Trainer) -> tuple[DataLoader | None, str]:
         with suppress(MisconfigurationException):  # a validation_step, but no val_dataloader
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
@@ -276,7 +291,7 @@ class ELLACallback(Callback):
             return argument, f"the data of {name}"
         for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
             if callable(getattr(owner, method, None)):
-                return getattr(owner, method)(), f"the data of {type(owner).__name__}.{method}()"
+                return _only(getattr(owner, method)(), name), f"the data of {type(owner).__name__}.{method}()"
         return None
 
     def _unpack(self, trainer: Trainer) -> Unpack:
@@ -298,7 +313,7 @@ class ELLACallback(Callback):
         finally:
             trainer.state.stage = stage
 
-    def _report(self, trainer: Trainer, fit: Fit, path: Path) -> None:
+    def _report(self, trainer: Trainer, fit: Fit, path: Path, checkpoint: str | None, stages: Stages) -> None:
         """Write and log; a file or a logger that fails costs only what it would have got."""
         figures, errors = fit.figures, []
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
@@ -307,7 +322,8 @@ class ELLACallback(Callback):
         if not _fast_dev_run(trainer):
             try:
                 log.info("ELLA: the posterior is in %s", fit.predictor.save(path))
-                _files(trainer)[str(self.path)] = str(path)
+                _files(trainer)[str(self.path)] = str(path), checkpoint, os.getpid()
+                stages.forget()
             except OSError as error:
                 errors.append(error)
         for logger in trainer.loggers:
@@ -344,15 +360,25 @@ def _world(trainer: Trainer) -> World:
     return World(torch.distributed.group.WORLD, trainer.strategy.root_device)
 
 
-def _files(trainer: Trainer) -> dict[str, str]:
-    """Where posteriors were written; on the trainer's state, which comes back from spawned processes."""
+def _files(trainer: Trainer) -> dict[str, tuple[str, str | None, int]]:
+    """Files of posteriors, the best checkpoint then, and who wrote them: state that spawned processes send back."""
     return vars(trainer.state).setdefault("ella_files", {})
 
 
 def _trainer_with(callback: Callback) -> Trainer | None:
     """The trainer that has this callback. Lightning calls no hook in the process that spawned the others."""
     trainers = [thing for thing in gc.get_objects() if issubclass(type(thing), Trainer)]
-    return next((trainer for trainer in trainers if callback in trainer.callbacks and _files(trainer)), None)
+    mine = (trainer for trainer in trainers if callback in getattr(trainer, "callbacks", ()))  # type: ignore[attr-defined]
+    return next((trainer for trainer in mine if _files(trainer)), None)
+
+
+def _refuse(error: ValueError) -> Callable[..., Any]:
+    """Stand in for a predictor that could not be read."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return refuse
 
 
 def _monitored(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -1,5 +1,6 @@
 """A DataLoader as numbered points: any of them, in any order, each exactly once."""
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -82,6 +83,11 @@ class Points:
         """The label of every point, where the dataset carries them as `.targets`."""
         known = _known_targets(self.loader.dataset)
         return None if known is None else known[torch.as_tensor(self.indices)]
+
+    def digest(self) -> str:
+        """SHA-256 of which points these are, and of their labels where the dataset carries them."""
+        targets = [] if self.targets is None else self.targets.tolist()
+        return hashlib.sha256(repr((list(self.indices), targets)).encode()).hexdigest()
 
     def is_repeatable(self, count: int = 4) -> bool:
         """Whether the first points look the same when they are asked for twice (no augmentation)."""

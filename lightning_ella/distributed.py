@@ -139,6 +139,11 @@ class World:
             return None
         return torch.stack(parts, 1).flatten(0, 1)[:total].to(rows.device)
 
+    def check_same(self, value: str, what: str) -> None:
+        """Raise a ValueError, on all processes, unless they all have the same."""
+        if len(set(self._everyone(value))) > 1:
+            raise ValueError(f"the processes do not have the same {what}.")
+
     def neighbours(self) -> int:
         """How many of the processes run on this machine and share its memory."""
         return self._everyone(socket.gethostname()).count(socket.gethostname())

@@ -110,9 +110,13 @@ def run(
         with world.together("a look at network and data"):
             linearization = linearize(model, forward, asdict(settings) | {"memory_budget": budget})
             train, held_out = _points(train_loader, calibration_loader, unpack)
-            num_outputs = _check(linearization, train, held_out, settings)
-            identity = _identity(model, train, settings) if world.first and stages.path else ""
-        stages.open(identity, world)
+            example = _check(linearization, train, held_out, settings)
+            weights = json.dumps(fingerprint(model)) if world.size > 1 or stages.path else ""
+            stages.open(_identity(weights, linearization, train, settings) if world.first else "", world)
+        world.check_same(weights, "weights: a BatchNorm's statistics, or weights of different checkpoints?")
+        for points in (train, held_out):
+            digest = "" if points is None else points.digest()
+            world.check_same(digest, "points: pass train_loader= and calibration_loader= without a sampler for each")
 
         def visit(points: Points, numbers: Sequence[int], what: str) -> Iterable[tuple[Inputs, Tensor]]:
             mine = world.share(numbers)
@@ -122,7 +126,7 @@ def run(
         def make_basis() -> dict[str, Tensor]:
             with world.together("the choice of landmarks"):
                 rule = LANDMARKS[settings.landmarks]
-                chosen = rule(train, settings.num_landmarks, num_outputs, generator) if world.first else None
+                chosen = rule(train, settings.num_landmarks, example.shape[1], generator) if world.first else None
             chosen = world.object_from_first(chosen)
             generator.set_state(world.from_first(generator.get_state()))
             assert chosen is not None
@@ -153,19 +157,20 @@ def run(
             count = min(len(held_out), settings.num_calibration or len(held_out))
             with world.together("the calibration points"):
                 unseen = visit(held_out, draw(count, len(held_out), generator), "calibration")
-                unseen = _cached(linearization, unseen, basis, num_outputs, likelihood)
+                unseen = _cached(linearization, unseen, basis, example, likelihood)
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, world)
-        predictor = ELLAPredictor(
-            model,
-            basis=basis,
-            eigenvalues=eigenvalues,
-            curvature=hessian,
-            prior_variance=posterior.prior_variance,
-            covariance_scale=posterior.covariance_scale,
-            forward=forward,
-            settings=asdict(settings),
-            origin=origin,
-        )
+        with world.together("the predictor"):
+            predictor = ELLAPredictor(
+                model,
+                basis=basis,
+                eigenvalues=eigenvalues,
+                curvature=hessian,
+                prior_variance=posterior.prior_variance,
+                covariance_scale=posterior.covariance_scale,
+                forward=forward,
+                settings=asdict(settings),
+                origin=origin,
+            )
     figures |= {
         "ella/prior_variance": float(posterior.prior_variance),
         "ella/covariance_scale": float(posterior.covariance_scale),
@@ -183,11 +188,9 @@ def check(
     *,
     unpack: Unpack = inputs_and_targets,
     forward: Forward = call,
-    world: World | None = None,
 ) -> None:
     """Find out, from a few points, whether a fit can work; raise an error that names the fix if not."""
-    world = world or World()
-    with seeded(settings.seed), as_function(model), world.quiet(), world.together("a look at network and data"):
+    with seeded(settings.seed), as_function(model):
         train, held_out = _points(train_loader, calibration_loader, unpack)
         _check(linearize(model, forward, asdict(settings)), train, held_out, settings)
 
@@ -199,8 +202,8 @@ def _share_of_memory(model: nn.Module, world: World) -> int:
     return world.smallest(free_memory(device) // (4 * sharing))
 
 
-def _identity(model: nn.Module, train: Points, settings: Settings) -> str:
-    """What the stages of a fit depend on: weights, settings, how many points there are and what the first are like."""
+def _identity(weights: str, linearization: Linearization, train: Points, settings: Settings) -> str:
+    """What the stages of a fit depend on: weights, parameters taken into account, settings and data."""
     chosen = asdict(settings)
     for later in ("num_calibration", "prior_variance", "covariance_scale", "predictive", "num_samples"):
         del chosen[later]
@@ -208,17 +211,16 @@ def _identity(model: nn.Module, train: Points, settings: Settings) -> str:
     for batch in train.batches(range(min(SAMPLES_CHECKED, len(train))), "cpu"):
         for leaf in tree_leaves(batch):
             seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
-    return json.dumps(
-        {"weights": fingerprint(model), "settings": chosen, "points": len(train), "data": seen.hexdigest()}
-    )
+    names = sorted(linearization.parameters)
+    return json.dumps([weights, names, chosen, train.digest(), seen.hexdigest()])
 
 
 def _points(train: DataLoader, held_out: DataLoader | None, unpack: Unpack) -> tuple[Points, Points | None]:
     return Points(train, unpack), None if held_out is None else Points(held_out, unpack)
 
 
-def _check(linearization: Linearization, train: Points, held_out: Points | None, settings: Settings) -> int:
-    """Return C, the number of the network's outputs, if network and data can be used."""
+def _check(linearization: Linearization, train: Points, held_out: Points | None, settings: Settings) -> Tensor:
+    """Return the outputs of a few points, (b, C), if network and data can be used."""
     if len(train) < settings.num_landmarks:
         raise ValueError(
             f"num_landmarks={settings.num_landmarks}, but there are only {len(train)} training points: "
@@ -227,7 +229,7 @@ def _check(linearization: Linearization, train: Points, held_out: Points | None,
     sketch_numbers(
         settings.num_landmarks, linearization.parameters, settings.rank, linearization.memory_budget // 2
     )  # refuses a budget that is too small
-    num_outputs = _try(linearization, train, settings)
+    example = _try(linearization, train, settings)
     if held_out is not None:
         _try(linearization, held_out, settings)
     if not train.is_repeatable():
@@ -235,16 +237,16 @@ def _check(linearization: Linearization, train: Points, held_out: Points | None,
             "ELLA: the training data look different each time (augmentation?). Pass train_loader= a loader without "
             "augmentation, or give the datamodule an ella_train_dataloader()."
         )
-    return num_outputs
+    return example
 
 
-def _try(linearization: Linearization, points: Points, settings: Settings) -> int:
-    """Return C, if the network can be evaluated and differentiated on the first few of the points."""
+def _try(linearization: Linearization, points: Points, settings: Settings) -> Tensor:
+    """Return the outputs of the first few of the points, if the network can be evaluated and differentiated there."""
     inputs, targets = next(iter(points.batches(range(min(SAMPLES_CHECKED, len(points))), linearization.device)))
     logits = linearization.logits(inputs)
     LIKELIHOODS[settings.likelihood]().check(logits, targets)
     next(linearization.gradients(inputs, torch.zeros(len(logits), dtype=torch.long, device=logits.device)))
-    return logits.shape[1]
+    return logits
 
 
 def _basis(
@@ -269,7 +271,8 @@ def _basis(
         parameters,
         len(landmarks.numbers),
         settings.rank,
-        memory_budget=linearization.memory_budget // 2,
+        # What is free has been divided by the processes; a budget that is given decides as it would for one process.
+        memory_budget=linearization.memory_budget // 2 * (1 if settings.memory_budget else world.size),
         seed=settings.seed,
         world=world,
     )
@@ -293,14 +296,15 @@ def _cached(
     linearization: Linearization,
     batches: Iterable[tuple[Inputs, Tensor]],
     basis: Basis,
-    num_outputs: int,
+    example: Tensor,
     likelihood: Likelihood,
 ) -> Cache:
-    parameter, rank = next(iter(linearization.parameters.values())), len(next(iter(basis.values())))
+    """Run the network over the points; `example` are outputs of it, for a process without points."""
+    rank = len(next(iter(basis.values())))
     parts = [(*linearization.features(inputs, basis), targets) for inputs, targets in batches]
     if not parts:  # more processes than points
-        none = parameter.new_empty(0, num_outputs)
-        return Cache(none, none.unsqueeze(2).expand(-1, -1, rank), parameter.new_empty(0, dtype=torch.long))
+        none = example[:0]
+        return Cache(none, none.unsqueeze(2).expand(-1, -1, rank), none.new_empty(0, dtype=torch.long))
     logits, features, targets = (torch.cat(part) for part in zip(*parts, strict=True))
     return Cache(logits, features, likelihood.check(logits, targets))
 

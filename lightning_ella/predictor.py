@@ -21,6 +21,7 @@ from .posterior import Posterior
 from .settings import Settings
 
 FORMAT = "lightning-ella 2"
+MAX_DRAWN = 2**28  # numbers S K: a file may not ask for more
 
 
 class ELLAPredictor(nn.Module):
@@ -137,18 +138,19 @@ class ELLAPredictor(nn.Module):
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
             _compare(theirs, fingerprint(model), f"the posterior in {path}", origin)
-            _check_shapes(shapes, model, path)
+            _check_shapes(shapes, model, settings, path)
             described.update(settings=settings, origin=origin)
 
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         tensors, _ = artefact.read(path, FORMAT, device, accept)
-        if not all(tensor.is_floating_point() and tensor.sum().isfinite() for tensor in tensors.values()):
-            raise ValueError(f"{path} has numbers that are NaN, infinite or not floating-point: fit again.")
+        if not all(tensor.sum().isfinite() for tensor in tensors.values()):
+            raise ValueError(f"{path} has numbers that are NaN or infinite: fit again.")
         parts = {name: tensors.pop(name) for name in _PARTS}
         if min(parts["prior_variance"], parts["covariance_scale"]) <= 0:
             raise ValueError(f"{path} has a variance that is not positive: fit again.")
         basis = {name.removeprefix("basis."): tangents for name, tangents in tensors.items()}
-        return cls(model, basis=basis, forward=forward, **described, **parts)
+        settings, origin = described["settings"], described["origin"]
+        return cls(model, basis=basis, forward=forward, settings=settings, origin=origin, **parts)
 
     def _check_weights(self) -> None:
         versions = _versions(self.model)
@@ -215,13 +217,15 @@ def _compare(expected: dict[str, str], found: dict[str, str], what: str, origin:
         )
 
 
-def _check_shapes(shapes: artefact.Shapes, model: nn.Module, path: Any) -> None:
+def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[str, Any], path: Any) -> None:
     """Raise a ValueError unless the tensors of a file are those of a posterior of this network."""
-    rank = next(iter(shapes.get("eigenvalues", ())), 0)
+    rank = next(iter(shapes.get("eigenvalues", ("", ()))[1]), 0)
     expected = {"eigenvalues": (rank,), "curvature": (rank, rank), "prior_variance": (), "covariance_scale": ()}
     expected |= {f"basis.{name}": (rank, *parameter.shape) for name, parameter in model.named_parameters()}
-    wrong = [name for name, shape in shapes.items() if expected.get(name) != shape]
-    if wrong or rank < 1 or not shapes.keys() >= set(_PARTS) or len(shapes) == len(_PARTS):
+    types = {name: ("F32", "F64") if name in _PARTS else ("F32", "F64", "BF16") for name in expected}
+    wrong = [n for n, (kind, shape) in shapes.items() if expected.get(n) != shape or kind not in types[n]]
+    complete = shapes.keys() > set(_PARTS) and rank > 0 and settings["num_samples"] * rank <= MAX_DRAWN
+    if wrong or not complete:
         raise ValueError(f"the tensors in {path} are not those of a posterior of this network ({wrong}): fit again.")
 
 

@@ -2,6 +2,8 @@
 
     python recipes/benchmark.py                    # ResNet-20, 32 x 32, 10 classes
     python recipes/benchmark.py network=resnet18   # timm's, 224 x 224, 1000 classes; or vit_tiny, vit_b16
+    python recipes/benchmark.py fit=true           # memory of a whole fit, and the formula's
+    python recipes/benchmark.py processes=2        # time of a whole fit by one process and by two, of one thread each
 
 Times are medians of interleaved rounds, a sample each, and ratios to the plain forward pass F of the same run. Peak
 memory is that of a process that does nothing else, above what it held with the network loaded.
@@ -9,6 +11,7 @@ memory is that of a process that does nothing else, above what it held with the 
 
 import json
 import multiprocessing
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 
 import hydra
 import torch
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -228,6 +232,51 @@ def measure_fit(config: DictConfig, answer: Any) -> None:
     answer.send((peak, formula(config, bench), seconds))
 
 
+def measure_processes(config: DictConfig, rank: int, size: int, meeting: str, answer: Any) -> None:
+    """Send the seconds of a fit on noise that `size` processes do together; runs in a process of its own."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    bench = build(config, rank=0)
+    labels = bench.model(bench.images).argmax(1).roll(1)
+
+    def loader(count: int) -> DataLoader:
+        again = [i % len(bench.images) for i in range(count)]
+        return DataLoader(Subset(TensorDataset(bench.images, labels), again), batch_size=128)
+
+    dist.barrier()
+    started = time.perf_counter()
+    fit_ella(
+        bench.model,
+        loader(config.num_landmarks),
+        loader(1000),
+        num_landmarks=config.num_landmarks,
+        rank=config.rank,
+        landmarks="uniform",
+        memory_budget=config.memory_budget,
+        distributed=True,
+    )
+    answer.send(time.perf_counter() - started)
+    dist.destroy_process_group()
+
+
+def compare_processes(config: DictConfig) -> dict[int, float]:
+    """Seconds of the same fit by one process and by several: number of processes -> those of the slowest."""
+    context, found = multiprocessing.get_context("spawn"), {}
+    for size in (1, config.processes):
+        with tempfile.TemporaryDirectory() as folder:
+            ends, started = [], []
+            for rank in range(size):
+                receive, send = context.Pipe(duplex=False)
+                arguments = (config, rank, size, f"{folder}/meeting", send)
+                started.append(context.Process(target=measure_processes, args=arguments))
+                started[-1].start()
+                ends.append(receive)
+            found[size] = max(end.recv() for end in ends)
+            for process in started:
+                process.join()
+    return found
+
+
 def formula(config: DictConfig, bench: Bench) -> int:
     """Peak memory of a fit in bytes, as in docs/engine.md."""
     M, K, budget = config.num_landmarks, config.rank, config.memory_budget
@@ -329,6 +378,16 @@ def main(config: DictConfig) -> None:
         Console().print(
             f"{config.network}, M = {config.num_landmarks}, K = {config.rank}: {seconds:.0f} s, at most "
             f"{peak / 1e9:.2f} GB above the network; {expected / 1e9:.2f} GB by the formula in docs/engine.md",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    if config.processes:
+        seconds = compare_processes(config)
+        alone, together = seconds[1], seconds[config.processes]
+        Console().print(
+            f"{config.network}, M = {config.num_landmarks}, K = {config.rank}: {alone:.0f} s by one process of one "
+            f"thread, {together:.0f} s by {config.processes}: {together / alone:.2f}",
             highlight=False,
             soft_wrap=True,
         )

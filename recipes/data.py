@@ -49,7 +49,7 @@ class Images(LightningDataModule):
         return self._loader(self.foreign)
 
     def _loader(self, dataset: Dataset, shuffle: bool = False) -> DataLoader:
-        return DataLoader(dataset, self.batch_size, shuffle, num_workers=self.num_workers)
+        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
 
 
 class Digits(Images):

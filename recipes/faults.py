@@ -30,6 +30,7 @@ from lightning_ella import ELLACallback
 from lightning_ella.distributed import World
 
 STAGES = (
+    "a look before training",
     "the choice of weights",
     "the choice of data",
     "a look at network and data",
@@ -41,6 +42,7 @@ STAGES = (
     "the calibration points",
     "the calibration",
     "the figures",
+    "the predictor",
     "writing the posterior and its figures",
 )
 INJECTED = "this error was injected"
@@ -49,13 +51,15 @@ INJECTED = "this error was injected"
 class Blobs(LightningModule):
     """A small network that tests and predicts with its head."""
 
-    def __init__(self):
+    def __init__(self, batchnorm: bool = False):
         super().__init__()
+        self.save_hyperparameters()
         self.first = nn.Linear(2, 8)
+        self.norm = nn.BatchNorm1d(8) if batchnorm else nn.Identity()
         self.last = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x).relu())
+        return self.last(self.norm(self.first(x)).relu())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
@@ -115,7 +119,7 @@ def worker(folder: Path, options: dict[str, str]) -> None:
         default_root_dir=folder,
         callbacks=[ella, ModelCheckpoint(folder, save_last=True)],
     )
-    module = Blobs.load_from_checkpoint(options["ckpt"]) if "ckpt" in options else Blobs()
+    module = Blobs.load_from_checkpoint(options["ckpt"]) if "ckpt" in options else Blobs("batchnorm" in options)
     trainer.fit(module)
     print("fit has ended", flush=True)
     found: dict[str, Any] = {"weights": module.first.weight.tolist(), "fitted": ella.predictor is not None}

@@ -26,7 +26,7 @@ def main(config: DictConfig) -> None:
     data, module, ella = instantiate(config.data), instantiate(config.model), instantiate(config.ella)
     logger = instantiate(config.logger) if config.logger else False
     if isinstance(logger, WandbLogger):
-        logger.experiment.config.update(resolved)
+        logger.log_hyperparams(resolved)
     best = ModelCheckpoint(monitor="val/loss", save_last=True)
     trainer = instantiate(config.trainer, callbacks=[best, ella], logger=logger)
     trainer.fit(module, data, ckpt_path=config.ckpt_path)

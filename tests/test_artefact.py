@@ -95,8 +95,10 @@ def forged(path: Path, case: Case, tmp_path: Path, **changes: object) -> Path:
         ({"eigenvalues": torch.ones(0).double()}, "not those of a posterior of this network"),
         ({"basis__0__weight": torch.zeros(3, 1)}, "not those of a posterior of this network"),
         ({"basis__9__weight": torch.zeros(3, 1)}, "not those of a posterior of this network"),
-        ({"curvature": torch.full((3, 3), torch.nan).double()}, "NaN, infinite or not floating-point"),
-        ({"eigenvalues": torch.ones(3).int()}, "NaN, infinite or not floating-point"),
+        ({"curvature": torch.full((3, 3), torch.nan).double()}, "NaN or infinite"),
+        ({"eigenvalues": torch.ones(3).int()}, "not those of a posterior of this network"),
+        ({"eigenvalues": torch.ones(3).half()}, "not those of a posterior of this network"),
+        ({"eigenvalues": torch.ones(3).to(torch.float8_e4m3fn)}, "not those of a posterior of this network"),
         ({"prior_variance": torch.tensor(-1.0).double()}, "a variance that is not positive"),
     ],
 )

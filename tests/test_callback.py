@@ -518,32 +518,38 @@ def no_room(*args: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
-def test_a_fit_goes_on_where_it_was_cut_short(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    module, last = Net(), ModelCheckpoint(save_last=True)
-    expected = make_trainer(tmp_path, last, first := ELLACallback(**SMALL))
-    expected.fit(module, Data())
-    folder = Path(last.dirpath)
-    assert not list(folder.glob("*.stages"))  # nothing is left of a fit that ended well
-    monkeypatch.setattr("lightning_ella.fit._calibrated", killed)
-    with pytest.raises(SystemExit):
-        make_trainer(tmp_path / "again", ELLACallback(resume=True, **SMALL)).fit(
-            Net(), Data(), ckpt_path=folder / "last.ckpt"
-        )
-    monkeypatch.undo()
-    (left,) = tmp_path.glob("again/**/ella.stages")
-    left.rename(folder / "ella.stages")
-    monkeypatch.setattr("lightning_ella.fit.nystrom_basis", killed)
-    monkeypatch.setattr("lightning_ella.fit.curvature", killed)
+@pytest.mark.parametrize("how", ["the checkpoint's weights", "ckpt_path"])
+def test_a_fit_goes_on_where_it_was_cut_short(tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture):
+    checkpoint = ModelCheckpoint(save_last=True)
+    trained = make_trainer(tmp_path, checkpoint, first := ELLACallback(**SMALL), logger=CSVLogger(tmp_path))
+    trained.fit(module := Net(), Data())
+    assert not list(tmp_path.rglob("*.stages"))  # nothing is left of a fit that ended well
+
+    def again(ella: ELLACallback, **kwargs: Any) -> None:
+        """As a user who comes back the next day: a new version of the logger, no path given."""
+        kwargs |= {"logger": CSVLogger(tmp_path)}
+        if how == "ckpt_path":
+            make_trainer(tmp_path, ella, **kwargs).fit(Net(), Data(), ckpt_path=checkpoint.last_model_path)
+        else:
+            copied = Net()
+            copied.load_state_dict(module.state_dict())
+            make_trainer(tmp_path, ella, max_epochs=0, **kwargs).fit(copied, Data())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_ella.fit._calibrated", killed)
+        with pytest.raises(SystemExit):
+            again(ELLACallback(resume=True, **SMALL))
+    assert len(list(tmp_path.rglob("*.stages"))) == 1
     second = ELLACallback(resume=True, **SMALL)
-    with caplog.at_level(logging.INFO, "lightning_ella"):
-        make_trainer(tmp_path / "third", second).fit(Net(), Data(), ckpt_path=folder / "last.ckpt")
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO, "lightning_ella"):
+        patch.setattr("lightning_ella.fit.nystrom_basis", killed)
+        patch.setattr("lightning_ella.fit.curvature", killed)
+        again(second)
     assert "ELLA: basis read from" in caplog.text
     assert "ELLA: curvature read from" in caplog.text
     x = torch.randn(5, 2)
     torch.testing.assert_close(second.predictor(x).probs, first.predictor(x).probs, rtol=0, atol=0)
-    assert not list(folder.glob("*.stages"))
+    assert not list(tmp_path.rglob("*.stages"))
 
 
 def killed(*args: Any, **kwargs: Any) -> None:
@@ -557,12 +563,49 @@ def test_stages_of_another_fit_are_not_resumed(tmp_path: Path, caplog: pytest.Lo
         patch.setattr("lightning_ella.fit._calibrated", killed)
         with pytest.raises(SystemExit):
             make_trainer(tmp_path, ELLACallback(path=path, **SMALL)).fit(module, Data())
-    assert path.with_suffix(".stages").exists()
-    other = ELLACallback(path=path, resume=True, **{**SMALL, "rank": 3})
-    with caplog.at_level(logging.INFO, "lightning_ella"):
-        make_trainer(tmp_path, other, max_epochs=0).fit(module, Data())
-    assert "starting from the beginning" in caplog.text
-    assert other.predictor.rank == 3
+    assert (tmp_path / "ella.safetensors.stages").exists()
+    kept = (tmp_path / "ella.safetensors.stages").read_bytes()
+
+    def refit(changes: dict[str, Any]) -> ELLACallback:
+        (tmp_path / "ella.safetensors.stages").write_bytes(kept)
+        other = ELLACallback(path=path, resume=True, **{**SMALL, **changes})
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "lightning_ella"):
+            make_trainer(tmp_path, other, max_epochs=0).fit(module, Data())
+        return other
+
+    assert refit({}).predictor.rank == 4
+    assert "basis read from" in caplog.text
+    assert refit({"rank": 3}).predictor.rank == 3
+    assert "they are of other weights, settings or data" in caplog.text
+    module.body[0].requires_grad_(False)
+    assert "body.0.weight" not in refit({}).predictor.basis
+    assert "they are of other weights, settings or data" in caplog.text
+
+
+def test_a_fit_that_fails_leaves_no_older_posterior(tmp_path: Path):
+    module, ella = Net(), ELLACallback(**SMALL)
+    make_trainer(tmp_path, ella).fit(module, Data())
+    assert ella.predictor is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_ella.fit.curvature", broken)
+        make_trainer(tmp_path, ella, max_epochs=0).fit(module, Data())
+    assert ella.predictor is None
+    assert module.ella is None
+
+
+def broken(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("broken")
+
+
+def test_two_callbacks_need_two_files(tmp_path: Path):
+    trainer = make_trainer(tmp_path, ELLACallback(**SMALL), ELLACallback(**{**SMALL, "rank": 2}))
+    with pytest.raises(ValueError, match="two ELLACallbacks would write the same file"):
+        trainer.fit(Net(), Data())
+    second = ELLACallback(path=tmp_path / "second", **{**SMALL, "rank": 2})
+    make_trainer(tmp_path, first := ELLACallback(**SMALL), second).fit(module := Net(), Data())
+    assert (first.predictor.rank, second.predictor.rank) == (4, 2)
+    assert module.ella is second.predictor
 
 
 def test_other_weights_are_refused_by_name(tmp_path: Path):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_ella import Settings
+from lightning_ella.basis import _eigh
 from lightning_ella.distributed import World
 from lightning_ella.fit import run
 
@@ -88,7 +89,7 @@ class Problem:
     num_curvature: int | None = 13
     unseen: int = 9
     curvature: str = "exact"
-    memory_budget: int = 2**30
+    memory_budget: int | None = 2**30
     dtype: torch.dtype = torch.float64
 
     def settings(self) -> Settings:
@@ -99,6 +100,8 @@ class Problem:
             curvature=self.curvature,
             memory_budget=self.memory_budget,
             num_samples=64,
+            # In float32 the search would end elsewhere where the NLL is flat.
+            **({} if self.dtype == torch.float64 else {"prior_variance": 1.0, "covariance_scale": 10.0}),
         )
 
     def network(self) -> nn.Module:
@@ -231,6 +234,42 @@ def test_what_fails_on_one_process_ends_all_of_them(pool: Pool, stage: str, rank
     for other, answer in enumerate(answers):
         assert MESSAGES[how] in answer
         assert (f"process {rank} of 3 failed" in answer) == (other != rank)
+
+
+def with_other_points(world: World) -> None:
+    problem = replace(Problem(), points=23 + world.rank)
+    fitted(world, problem)
+
+
+def with_other_weights(world: World) -> None:
+    problem = Problem()
+    model = problem.network()
+    model[0].weight.data.add_(world.rank)
+    run(model, problem.loader(23, 1), None, problem.settings(), world=world)
+
+
+def test_processes_that_do_not_agree_are_told_so(pool: Pool):
+    assert all("do not have the same points" in answer for answer in pool(2, with_other_points))
+    assert all("do not have the same weights" in answer for answer in pool(3, with_other_weights))
+
+
+def without_memory(world: World) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_ella.fit.free_memory", lambda device: 4 * 8 * 50 * 60 * 8)  # just enough for all rows
+        return fitted(world, replace(Problem(), points=60, landmarks=50, memory_budget=None))
+
+
+def test_the_memory_that_is_free_decides_as_for_one_process(pool: Pool):
+    alone = without_memory(World())
+    for answer in pool(3, without_memory):
+        assert isinstance(answer, dict), answer
+        assert_same(answer, alone, 1e-10)
+
+
+def test_equal_gradients_in_two_directions_leave_a_basis():
+    eigenvalues, eigenvectors = _eigh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]).double())
+    assert eigenvectors.norm(dim=0).tolist() == pytest.approx([1.0, 1.0])
+    assert eigenvalues.tolist() == pytest.approx([3.0, 1.0])
 
 
 def without_gradient(world: World) -> None:

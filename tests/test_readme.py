@@ -31,6 +31,18 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert names["out"].probs.shape == (5, 3)
 
 
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
+def test_the_python_blocks_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.DOTALL)
+    assert blocks
+    names = {"module": Net(), "datamodule": Data()}
+    for block in blocks:
+        exec(compile(small(block), "distributed.md", "exec"), names)
+    assert names["ella"].predictor.rank > 0
+
+
 def small(block: str) -> str:
     """The README's numbers, cut to the size of the test's data."""
     return block.replace("num_landmarks=2000", "num_landmarks=50")

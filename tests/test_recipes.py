@@ -4,19 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 
 QUICK = ["trainer.enable_progress_bar=false", "ella.num_landmarks=24", "ella.rank=4", "ella.num_curvature=24"]
 
 
-def run(recipe: str, tmp_path: Path, *overrides: str) -> str:
-    """Run a recipe in `tmp_path`; return what it printed."""
-    command = [sys.executable, str(ROOT / "recipes" / recipe), f"hydra.run.dir={tmp_path}/run", *overrides]
+def run(recipe: str, tmp_path: Path, *overrides: str, python: Sequence[str] = ()) -> str:
+    """Run a recipe in `tmp_path`, with more arguments to Python if given; return what it printed."""
+    command = [sys.executable, *python, str(ROOT / "recipes" / recipe), f"hydra.run.dir={tmp_path}/run", *overrides]
     environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -97,3 +100,30 @@ def test_the_benchmark_compares_the_memory_of_a_fit_with_the_formula(tmp_path: P
     printed = run("benchmark.py", tmp_path, "fit=true", "num_landmarks=20", "rank=4", *small)
     assert "resnet20, M = 20, K = 4" in printed
     assert "GB by the formula" in printed
+
+
+def test_the_benchmark_compares_one_process_with_two(tmp_path: Path):
+    small = ["networks.resnet20.model.depth=8", "networks.resnet20.peer_batches=[2]", "networks.resnet20.samples=2"]
+    printed = run("benchmark.py", tmp_path, "processes=2", "num_landmarks=20", "rank=4", *small)
+    assert "by one process of one thread" in printed
+
+
+def test_torchrun_starts_the_recipe_on_two_processes(tmp_path: Path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    overrides = ["launcher=torchrun", "logger=none", "trainer.max_epochs=1", "data.train=64", *QUICK]
+    printed = run("train.py", tmp_path, *overrides, python=launcher)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["config"]["trainer"]["strategy"] == "ddp"
+    assert report["fit"]["ella/nll"] > 0
+    assert printed.count("AUROC against foreign images") == 1
+
+
+def test_the_slurm_launcher_composes(monkeypatch: pytest.MonkeyPatch):
+    overrides = ["launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=8"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    assert config.hydra.launcher["_target_"].endswith("SlurmLauncher")
+    assert (config.trainer.devices, config.trainer.num_nodes, config.trainer.strategy) == (8, 2, "ddp")
+    assert config.hydra.launcher.gpus_per_node == 4
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)

@@ -28,7 +28,7 @@ def start(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> dict[s
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    return found(folder)
+    return found(folder) | {"said": done.stdout + done.stderr}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,15 @@ def test_spawned_processes_leave_the_predictor_to_their_parent(tmp_path: Path, a
     assert_same(together, alone)
 
 
+def test_processes_whose_batchnorms_drifted_apart_fit_one_network(tmp_path: Path):
+    outcomes = launch(tmp_path, 2, epochs=1, batchnorm=1)
+    assert all(outcome.code == 0 for outcome in outcomes), outcomes[0].output + outcomes[1].output
+    together = found(tmp_path)
+    assert together["fitted"]
+    resumed = start(tmp_path / "alone", f"ckpt={tmp_path}/last.ckpt", "epochs=0", "batchnorm=1")
+    assert flat(together["probs"]) == pytest.approx(flat(resumed["probs"]), rel=1e-3)
+
+
 @pytest.mark.parametrize("stage", ["the landmarks' gradients", "the curvature", "the calibration"])
 def test_a_killed_process_leaves_training_and_a_fit_that_can_be_resumed(tmp_path: Path, stage: str):
     outcomes = launch(tmp_path, 2, epochs=1, fault=f"{stage}/1/kill")
@@ -74,6 +83,8 @@ def test_a_killed_process_leaves_training_and_a_fit_that_can_be_resumed(tmp_path
     resumed = start(tmp_path, f"ckpt={tmp_path}/last.ckpt", "epochs=0")
     assert resumed["fitted"]
     assert not list(tmp_path.glob("*.stages"))
+    assert ("basis read from" in resumed["said"]) == (stage != "the landmarks' gradients")
+    assert ("curvature read from" in resumed["said"]) == (stage == "the calibration")
 
 
 @pytest.mark.parametrize(("stage", "rank"), [("the eigendecomposition", 0), ("the combination of the gradients", 1)])
