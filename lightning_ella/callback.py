@@ -56,7 +56,8 @@ class ELLACallback(Callback):
         on_error: what an error at the end of `fit` does: "warn" logs it, and the training run ends as it would have
             without this callback; "raise" raises it. What can be known before training is raised before training.
         resume: go on with a fit that was cut short, from the stages that it left beside the posterior (or beside
-            the checkpoint that `fit(ckpt_path=…)` got): same weights, settings and data.
+            the checkpoint that `fit(ckpt_path=…)` got, or in another version of the logger): same weights, settings
+            and data.
         unpack: maps a batch to `(inputs, targets)`; by default batches are such pairs.
         forward: maps `(module, inputs)` to logits (B, C); `module(inputs)` by default.
         **settings: numbers and names of the method, see `Settings`.
@@ -223,15 +224,16 @@ class ELLACallback(Callback):
             self._attach(pl_module, network, ELLAPredictor.load(path, network, self.forward))
 
     def _stages(self, trainer: Trainer, path: Path) -> Stages:
-        """Keep stages beside the posterior; go on with those that such a fit left there or in the trainer's folders."""
+        """Keep stages beside the posterior; go on with those that such a fit left there or in another run."""
         if _fast_dev_run(trainer):
             return Stages()
         here = path.with_name(path.name + ".stages")
         if not self.resume:
             return Stages(here)
         beside = [Path(trainer.ckpt_path).with_name(here.name)] if trainer.ckpt_path else []
-        below = Path(trainer.default_root_dir).rglob(here.name)  # of other versions of the logger
-        return Stages(here, [found for found in dict.fromkeys([here, *beside, *below]) if found.exists()])
+        versions = here.absolute().parents[2:3]  # of the logger: <root>/version_0/checkpoints/…
+        other = [path for root in versions for path in root.glob(f"*/{here.parent.name}/{here.name}")]
+        return Stages(here, [found for found in dict.fromkeys([here, *beside, *other]) if found.exists()])
 
     @staticmethod
     def _checkpoint(trainer: Trainer) -> str | None:

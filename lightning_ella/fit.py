@@ -113,7 +113,7 @@ def run(
             example = _check(linearization, train, held_out, settings)
             weights = json.dumps(fingerprint(model)) if world.size > 1 or stages.path else ""
             stages.open(_identity(weights, linearization, train, settings) if world.first else "", world)
-        world.check_same(weights, "weights: a BatchNorm's statistics, or weights of different checkpoints?")
+        world.check_same(weights, "weights: load the same checkpoint on all of them")
         for points in (train, held_out):
             digest = "" if points is None else points.digest()
             world.check_same(digest, "points: pass train_loader= and calibration_loader= without a sampler for each")

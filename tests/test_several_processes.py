@@ -56,8 +56,9 @@ def test_torchrun_gives_the_posterior_of_one_process(tmp_path: Path, alone: dict
     assert together["predicted"] == 24 // processes  # on the first process: its share
 
 
-def test_spawned_processes_leave_the_predictor_to_their_parent(tmp_path: Path, alone: dict[str, Any]):
-    together = start(tmp_path, "devices=2", "strategy=ddp_spawn", "epochs=0")
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+def test_spawned_processes_leave_the_predictor_to_their_parent(tmp_path: Path, alone: dict[str, Any], strategy: str):
+    together = start(tmp_path, "devices=2", f"strategy={strategy}", "epochs=0")
     assert_same(together, alone)
 
 
