@@ -227,13 +227,12 @@ class ELLACallback(Callback):
         """Keep stages beside the posterior; go on with those that such a fit left there or in another run."""
         if _fast_dev_run(trainer):
             return Stages()
-        here = path.with_name(path.name + ".stages")
         if not self.resume:
-            return Stages(here)
-        beside = [Path(trainer.ckpt_path).with_name(here.name)] if trainer.ckpt_path else []
-        versions = here.absolute().parents[2:3]  # of the logger: <root>/version_0/checkpoints/…
-        other = [path for root in versions for path in root.glob(f"*/{here.parent.name}/{here.name}")]
-        return Stages(here, [found for found in dict.fromkeys([here, *beside, *other]) if found.exists()])
+            return Stages(path)
+        beside = [Path(trainer.ckpt_path).with_name(path.name)] if trainer.ckpt_path else []
+        versions = path.absolute().parents[2:3]  # of the logger: <root>/version_0/checkpoints/…
+        other = [folder / path.name for root in versions for folder in root.glob(f"*/{path.parent.name}")]
+        return Stages(path, dict.fromkeys([path, *beside, *other]))
 
     @staticmethod
     def _checkpoint(trainer: Trainer) -> str | None:

@@ -112,7 +112,7 @@ def run(
             train, held_out = _points(train_loader, calibration_loader, unpack)
             example = _check(linearization, train, held_out, settings)
             weights = json.dumps(fingerprint(model)) if world.size > 1 or stages.path else ""
-            stages.open(_identity(weights, linearization, train, settings) if world.first else "", world)
+            stages.open(_identity(weights, linearization, train, settings) if stages.path else "")
         world.check_same(weights, "weights: load the same checkpoint on all of them")
         for points in (train, held_out):
             digest = "" if points is None else points.digest()
@@ -208,9 +208,10 @@ def _identity(weights: str, linearization: Linearization, train: Points, setting
     for later in ("num_calibration", "prior_variance", "covariance_scale", "predictive", "num_samples"):
         del chosen[later]
     seen = hashlib.sha256()
-    for batch in train.batches(range(min(SAMPLES_CHECKED, len(train))), "cpu"):
-        for leaf in tree_leaves(batch):
-            seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
+    with seeded(settings.seed):
+        for batch in train.batches(range(min(SAMPLES_CHECKED, len(train))), "cpu"):
+            for leaf in tree_leaves(batch):
+                seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
     names = sorted(linearization.parameters)
     return json.dumps([weights, names, chosen, train.digest(), seen.hexdigest()])
 

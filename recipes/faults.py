@@ -182,7 +182,13 @@ def describe(outcomes: list[Outcome], rank: int, folder: Path) -> tuple[str, str
     """What the other process said, and what is left on disk."""
     other = outcomes[1 - rank]
     said = next((line for line in reversed(other.output.splitlines()) if line.startswith("RuntimeError: ")), "")
-    left = [name for name in ("last.ckpt", "ella.stages", "ella.safetensors") if (folder / name).exists()]
+    shown = {
+        "last.ckpt": "checkpoint",
+        "ella.safetensors.basis.stage": "basis",
+        "ella.safetensors.curvature.stage": "curvature",
+    }
+    shown |= {"ella.safetensors": "posterior"}
+    left = [what for name, what in shown.items() if (folder / name).exists()]
     ended = "fit ended" if other.code == 0 and "fit has ended" in other.output else f"exit code {other.code}"
     return f"{ended}; {said.removeprefix('RuntimeError: ')[:70]}…", ", ".join(left)
 

@@ -523,7 +523,7 @@ def test_a_fit_goes_on_where_it_was_cut_short(tmp_path: Path, how: str, caplog: 
     checkpoint = ModelCheckpoint(save_last=True)
     trained = make_trainer(tmp_path, checkpoint, first := ELLACallback(**SMALL), logger=CSVLogger(tmp_path))
     trained.fit(module := Net(), Data())
-    assert not list(tmp_path.rglob("*.stages"))  # nothing is left of a fit that ended well
+    assert not list(tmp_path.rglob("*.stage"))  # nothing is left of a fit that ended well
 
     def again(ella: ELLACallback, **kwargs: Any) -> None:
         """As a user who comes back the next day: a new version of the logger, no path given."""
@@ -539,7 +539,7 @@ def test_a_fit_goes_on_where_it_was_cut_short(tmp_path: Path, how: str, caplog: 
         patch.setattr("lightning_ella.fit._calibrated", killed)
         with pytest.raises(SystemExit):
             again(ELLACallback(resume=True, **SMALL))
-    assert len(list(tmp_path.rglob("*.stages"))) == 1
+    assert len(list(tmp_path.rglob("*.stage"))) == 2
     second = ELLACallback(resume=True, **SMALL)
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO, "lightning_ella"):
         patch.setattr("lightning_ella.fit.nystrom_basis", killed)
@@ -549,7 +549,7 @@ def test_a_fit_goes_on_where_it_was_cut_short(tmp_path: Path, how: str, caplog: 
     assert "ELLA: curvature read from" in caplog.text
     x = torch.randn(5, 2)
     torch.testing.assert_close(second.predictor(x).probs, first.predictor(x).probs, rtol=0, atol=0)
-    assert not list(tmp_path.rglob("*.stages"))
+    assert not list(tmp_path.rglob("*.stage"))
 
 
 def killed(*args: Any, **kwargs: Any) -> None:
@@ -563,11 +563,12 @@ def test_stages_of_another_fit_are_not_resumed(tmp_path: Path, caplog: pytest.Lo
         patch.setattr("lightning_ella.fit._calibrated", killed)
         with pytest.raises(SystemExit):
             make_trainer(tmp_path, ELLACallback(path=path, **SMALL)).fit(module, Data())
-    assert (tmp_path / "ella.safetensors.stages").exists()
-    kept = (tmp_path / "ella.safetensors.stages").read_bytes()
+    kept = {path: path.read_bytes() for path in tmp_path.glob("ella.safetensors.*.stage")}
+    assert len(kept) == 2
 
     def refit(changes: dict[str, Any]) -> ELLACallback:
-        (tmp_path / "ella.safetensors.stages").write_bytes(kept)
+        for left, content in kept.items():
+            left.write_bytes(content)
         other = ELLACallback(path=path, resume=True, **{**SMALL, **changes})
         caplog.clear()
         with caplog.at_level(logging.INFO, "lightning_ella"):
@@ -577,10 +578,10 @@ def test_stages_of_another_fit_are_not_resumed(tmp_path: Path, caplog: pytest.Lo
     assert refit({}).predictor.rank == 4
     assert "basis read from" in caplog.text
     assert refit({"rank": 3}).predictor.rank == 3
-    assert "they are of other weights, settings or data" in caplog.text
+    assert "it is of other weights, settings or data" in caplog.text
     module.body[0].requires_grad_(False)
     assert "body.0.weight" not in refit({}).predictor.basis
-    assert "they are of other weights, settings or data" in caplog.text
+    assert "it is of other weights, settings or data" in caplog.text
 
 
 def test_a_fit_that_fails_leaves_no_older_posterior(tmp_path: Path):

@@ -83,7 +83,7 @@ def test_a_killed_process_leaves_training_and_a_fit_that_can_be_resumed(tmp_path
     assert not found(tmp_path)["fitted"]
     resumed = start(tmp_path, f"ckpt={tmp_path}/last.ckpt", "epochs=0")
     assert resumed["fitted"]
-    assert not list(tmp_path.glob("*.stages"))
+    assert not list(tmp_path.glob("*.stage"))
     assert ("basis read from" in resumed["said"]) == (stage != "the landmarks' gradients")
     assert ("curvature read from" in resumed["said"]) == (stage == "the calibration")
 
