@@ -124,7 +124,7 @@ def worker(folder: Path, options: dict[str, str]) -> None:
     print("fit has ended", flush=True)
     found: dict[str, Any] = {"weights": module.first.weight.tolist(), "fitted": ella.predictor is not None}
     if ella.predictor is not None:
-        found |= {name: float(trainer.callback_metrics[name]) for name in ("ella/nll", "ella/ece", "map/nll")}
+        found |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         found["eigenvalues"] = ella.predictor.eigenvalues.tolist()
         found["probs"] = ella.predictor(torch.ones(1, 2)).probs.tolist()
         found["test_nll"] = trainer.test(module, verbose=False)[0]["test_nll"]
@@ -181,7 +181,7 @@ def launch(folder: Path, processes: int, **options: Any) -> list[Outcome]:
 def describe(outcomes: list[Outcome], rank: int, folder: Path) -> tuple[str, str]:
     """What the other process said, and what is left on disk."""
     other = outcomes[1 - rank]
-    said = next((line for line in reversed(other.output.splitlines()) if line.startswith("RuntimeError: ")), "")
+    said = next((line for line in reversed(other.output.splitlines()) if "RuntimeError: " in line), "")
     shown = {
         "last.ckpt": "checkpoint",
         "ella.safetensors.basis.stage": "basis",
@@ -189,8 +189,8 @@ def describe(outcomes: list[Outcome], rank: int, folder: Path) -> tuple[str, str
     }
     shown |= {"ella.safetensors": "posterior"}
     left = [what for name, what in shown.items() if (folder / name).exists()]
-    ended = "fit ended" if other.code == 0 and "fit has ended" in other.output else f"exit code {other.code}"
-    return f"{ended}; {said.removeprefix('RuntimeError: ')[:70]}…", ", ".join(left)
+    ended = "fit ended" if "fit has ended" in other.output else f"exit code {other.code}"
+    return f"{ended}; {said.partition('RuntimeError: ')[2][:70]}…", ", ".join(left)
 
 
 def main() -> None:
