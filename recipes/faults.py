@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -190,7 +191,7 @@ def describe(outcomes: list[Outcome], rank: int, folder: Path) -> tuple[str, str
     shown |= {"ella.safetensors": "posterior"}
     left = [what for name, what in shown.items() if (folder / name).exists()]
     ended = "fit ended" if "fit has ended" in other.output else f"exit code {other.code}"
-    return f"{ended}; {said.partition('RuntimeError: ')[2][:70]}…", ", ".join(left)
+    return escape(f"{ended}; {said.partition('RuntimeError: ')[2][:70]}…"), ", ".join(left)
 
 
 def main() -> None:

@@ -214,7 +214,7 @@ def broken(world: World, stage: str, rank: int, how: str) -> None:
                     raise torch.OutOfMemoryError("tried to allocate 80 GB")
                 inputs = inputs * float("nan")
             elif stage in description:
-                time.sleep(0.05)  # the others would be busy for long
+                time.sleep(0.2)  # the others would be busy for 20 s and more
             yield inputs, targets
 
     data = problem.loader(problem.points, 1), problem.loader(problem.unseen, 2)
@@ -230,7 +230,7 @@ MESSAGES = {"error": "KeyError: 'the disk with the images is gone'", "memory": "
 def test_what_fails_on_one_process_ends_all_of_them(pool: Pool, stage: str, rank: int, how: str):
     started = time.monotonic()
     answers = pool(3, broken, stage, rank, how)
-    assert time.monotonic() - started < 4  # far less than the others' work would take
+    assert time.monotonic() - started < 10  # far less than the others' work would take
     for other, answer in enumerate(answers):
         assert MESSAGES[how] in answer
         assert (f"process {rank} of 3 failed" in answer) == (other != rank)
