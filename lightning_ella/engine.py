@@ -7,6 +7,7 @@ in `ENGINES` and `_engine`.
 
 import ctypes
 import logging
+import operator
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -21,7 +22,7 @@ from .data import Inputs
 from .folding import UNFOLDED, Folding, find_folding
 from .forward_mode import ForwardMode
 from .layerwise import Cotangents, Layerwise
-from .linearize import Basis, Forward, Network, call, check_logits, hooked, num_samples, rows, slices
+from .linearize import Basis, Forward, Network, call, check_logits, hooked, num_samples, rows, slices, version
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class Linearization:
         self._sizes: Sizes | None = None
         self._folding: Folding | None = None
         self._folded: Basis | None = None
-        self._folded_from: list[tuple[int, int]] = []
+        self._folded_from: list[Tensor] = []
+        self._folded_versions: list[int] = []
         self._engines: dict[int, ForwardMode | Layerwise] = {}  # by rank
 
     @property
@@ -161,10 +163,13 @@ class Linearization:
         one = next(iter(basis.values()))
         if self._folding.numel * len(one) * one.element_size() > self.memory_budget // 4:
             return UNFOLDED, basis
-        made_of = [(tangents.data_ptr(), tangents._version) for tangents in basis.values()]
-        if made_of != self._folded_from:  # for small batches, folding takes longer than the rest
+        # For small batches, folding takes longer than the rest. What was folded is held: its address may not be reused.
+        versions = [version(tangents) for tangents in basis.values()]
+        same = len(self._folded_from) == len(basis) and all(map(operator.is_, self._folded_from, basis.values()))
+        if not same or versions != self._folded_versions:
             self._folded = None  # frees it before the next is made
-            self._folded, self._folded_from = self._folding.tangents(basis), made_of
+            self._folded, self._folded_versions = self._folding.tangents(basis), versions
+            self._folded_from = list(basis.values())
         assert self._folded is not None
         return self._folding, self._folded
 

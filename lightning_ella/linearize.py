@@ -142,6 +142,11 @@ def check_logits(logits: Any, batch_size: int) -> Tensor:
     return logits
 
 
+def version(tensor: Tensor) -> int:
+    """Changes whenever `tensor` is written to; an inference tensor does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def num_samples(inputs: Inputs) -> int:
     """B, the length of the first axis of every tensor in `inputs`."""
     return next(leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))

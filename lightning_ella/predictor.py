@@ -16,7 +16,7 @@ from . import artefact
 from .data import Inputs
 from .engine import Linearization
 from .likelihoods import LIKELIHOODS, ClassPrediction, Gaussian
-from .linearize import Basis, Forward, as_function, call
+from .linearize import Basis, Forward, as_function, call, version
 from .posterior import Posterior
 from .settings import Settings
 
@@ -232,7 +232,7 @@ def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[s
 def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """Changes whenever a weight or buffer is written to or replaced; costs no look at the values."""
     tensors = [*model.parameters(), *model.buffers()]
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+    return tuple((tensor.data_ptr(), version(tensor)) for tensor in tensors)
 
 
 def _out_of_inference(leaf: Any) -> Any:

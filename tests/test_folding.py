@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import make_case
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
@@ -171,3 +172,21 @@ def test_the_network_is_as_before_even_after_an_error(images: Tensor):
             raise RuntimeError("broken")
     assert "forward" not in vars(net.bn1)
     assert torch.equal(net(images), before)
+
+
+def test_what_is_folded_once_is_not_taken_for_another_basis():
+    case = make_case("conv_batchnorm")
+    with torch.inference_mode():  # as where a predictor is loaded in a test step
+        basis = {name: torch.randn(3, *value.shape).double() for name, value in case.model.named_parameters()}
+    kept = {name: value.clone() for name, value in basis.items()}
+    with as_function(case.model):
+        linearization = Linearization(case.model)
+        assert linearization.features(case.inputs, basis)[1].equal(linearization.features(case.inputs, basis)[1])
+        for factor in (2, 3):
+            tangents = {name: factor * value for name, value in kept.items()}
+            expected = Linearization(case.model).features(case.inputs, tangents)[1]
+            torch.testing.assert_close(linearization.features(case.inputs, tangents)[1], expected)
+            tangents["0.weight"].mul_(0)
+            expected = Linearization(case.model).features(case.inputs, tangents)[1]
+            torch.testing.assert_close(linearization.features(case.inputs, tangents)[1], expected)
+            del tangents
