@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,13 +24,16 @@ from .engine import Linearization, free_memory, give_back
 from .landmarks import LANDMARKS, Landmarks
 from .likelihoods import LIKELIHOODS, Gaussian, Likelihood
 from .linearize import Basis, Forward, as_function, call, num_samples
-from .posterior import Posterior, calibrate
+from .posterior import SCALES, Posterior, calibrate
 from .predictor import ELLAPredictor, fingerprint, linearize, standard_normal
+from .residual import num_probes, with_probes
 from .settings import Settings
 from .stages import Stages
 
 log = logging.getLogger(__name__)
 
+FEW = 200  # calibration points: with fewer, the NLL after calibration varies by several percent from draw to draw
+CERTAIN = 0.9  # a temperature below it makes the network surer than it is: rare on unseen points
 SAMPLES_CHECKED = 8  # before a fit, so that what would fail late fails early
 
 Progress = Callable[[Iterable, str, int], Iterable]  # (batches, what is done, how many points) -> batches
@@ -151,6 +154,11 @@ def run(
         eigenvalues = basis.pop("eigenvalues")
         basis = {name.removeprefix("basis."): tangents for name, tangents in basis.items()}
         hessian = stages.do("curvature", world, generator, linearization.device, make_curvature)["curvature"]
+        with world.together("the probes"):
+            count = 0 if held_out is None and settings.residual_scale is None else example.shape[1]
+            residual = num_probes(settings.residual, len(hessian), count) if count else 0
+            settings = replace(settings, residual=residual)
+            with_probes(basis, residual, settings.seed)
         if held_out is None:
             posterior, figures, count = _given(hessian, settings), {}, 0
         else:
@@ -165,15 +173,13 @@ def run(
                 basis=basis,
                 eigenvalues=eigenvalues,
                 curvature=hessian,
-                prior_variance=posterior.prior_variance,
-                covariance_scale=posterior.covariance_scale,
+                **{name: getattr(posterior, name) for name in SCALES},
                 forward=forward,
                 settings=asdict(settings),
                 origin=origin,
             )
     figures |= {
-        "ella/prior_variance": float(posterior.prior_variance),
-        "ella/covariance_scale": float(posterior.covariance_scale),
+        **{f"ella/{name}": float(getattr(posterior, name)) for name in SCALES},
         "ella/seconds": time.perf_counter() - started,
         **{f"ella/eigenvalue_{k:02d}": value for k, value in enumerate(eigenvalues.tolist())},
     }
@@ -205,7 +211,7 @@ def _share_of_memory(model: nn.Module, world: World) -> int:
 def _identity(weights: str, linearization: Linearization, train: Points, settings: Settings) -> str:
     """What the stages of a fit depend on: weights, parameters taken into account, settings and data."""
     chosen = asdict(settings)
-    for later in ("num_calibration", "prior_variance", "covariance_scale", "predictive", "num_samples"):
+    for later in ("num_calibration", "residual", "predictive", "num_samples", *SCALES):
         del chosen[later]
     seen = hashlib.sha256()
     with seeded(settings.seed):
@@ -314,20 +320,19 @@ def _calibrated(
     unseen: Cache, hessian: Tensor, likelihood: Likelihood, settings: Settings, world: World
 ) -> tuple[Posterior, dict[str, float]]:
     """The posterior with scales chosen on cached logits, features and targets, and the figures there."""
-    draws = standard_normal(settings.num_samples, len(hessian), settings.seed).to(unseen.features)
+    draws = standard_normal(settings.num_samples, unseen.features.shape[-1], settings.seed).to(unseen.features)
     posterior = calibrate(
         *unseen,
         hessian,
         likelihood,
         predictive=settings.predictive,
         draws=draws,
-        prior_variance=settings.prior_variance,
-        covariance_scale=settings.covariance_scale,
+        given={name: getattr(settings, name) for name in SCALES},
         world=world,
     )
     with world.together("the figures"):
-        factor = unseen.features @ posterior.root().to(unseen.features.dtype)
-        probs = _probabilities(likelihood, Gaussian(unseen.logits, factor, draws), settings.predictive)
+        gaussian = Gaussian(unseen.logits, posterior.factor(unseen.features), draws)
+        probs = _probabilities(likelihood, gaussian, settings.predictive, posterior.temperature)
     count = int(world.sum(torch.tensor(len(unseen.targets))))
     targets = world.gather_rows(unseen.targets.unsqueeze(1), count)
     gathered = [(name, world.gather_rows(values, count)) for name, values in probs.items()]
@@ -335,29 +340,45 @@ def _calibrated(
         known = {name: values for name, values in gathered if values is not None}
         figures = {} if targets is None else _figures(likelihood, known, targets.squeeze(1))
     figures = world.object_from_first(figures)
-    if figures["ella/nll"] > figures["map/nll"] - 1e-4:
-        log.warning(
-            "ELLA: the calibration points ask for no uncertainty. Either the network is not overconfident, or "
-            "it was trained on them: pass calibration_loader= a loader of data never trained on."
-        )
+    _say(posterior, figures, count, [name for name in SCALES if getattr(settings, name) is None])
     return posterior, figures
 
 
-def _given(hessian: Tensor, settings: Settings) -> Posterior:
-    prior, scale = settings.prior_variance or 1.0, settings.covariance_scale or 1.0
-    log.warning(
-        "ELLA: no validation data, so nothing is tuned: prior_variance=%g, covariance_scale=%g. Uncertainty is "
-        "calibrated only if these are; pass calibration_loader= or a val_dataloader of data never trained on.",
-        prior,
-        scale,
+def _say(posterior: Posterior, figures: dict[str, float], count: int, chosen: list[str]) -> None:
+    """Log what was chosen, and warn of points that cannot tell."""
+    log.info(
+        "ELLA: %s, chosen on %d unseen points: NLL %.4f -> %.4f.",
+        *(", ".join(f"{name} {float(getattr(posterior, name)):.3g}" for name in chosen) or "no scale", count),
+        *(figures["map/nll"], figures["ella/nll"]),
     )
-    return Posterior(hessian, torch.tensor(prior).to(hessian), torch.tensor(scale).to(hessian))
+    if posterior.temperature < CERTAIN or figures["ella/nll"] > figures["map/nll"] - 1e-4:
+        log.warning(
+            "ELLA: the calibration points ask for no uncertainty (accuracy %.1f %%). Either the network is not "
+            "overconfident, or it was trained on them: pass calibration_loader= a loader of data never trained on.",
+            100 * figures["map/accuracy"],
+        )
+    if count < FEW and chosen:
+        log.warning("ELLA: %d calibration points are few, so the scales are rough: hold out %d or more.", *(count, FEW))
 
 
-def _probabilities(likelihood: Likelihood, logits: Gaussian, predictive: str) -> dict[str, Tensor]:
+def _given(hessian: Tensor, settings: Settings) -> Posterior:
+    scales = {name: getattr(settings, name) or 1.0 for name in SCALES}
+    log.warning(
+        "ELLA: no validation data, so nothing is tuned: %s. Uncertainty is "
+        "calibrated only if these are; pass calibration_loader= or a val_dataloader of data never trained on.",
+        ", ".join(f"{name}={value:g}" for name, value in scales.items()),
+    )
+    return Posterior(hessian, **{name: torch.tensor(value).to(hessian) for name, value in scales.items()})
+
+
+def _probabilities(likelihood: Likelihood, logits: Gaussian, predictive: str, temperature: Tensor) -> dict[str, Tensor]:
     """Those of the network as it was ("map") and of the posterior's predictive ("ella"), (n, C)."""
     certain = Gaussian(logits.mean, torch.zeros_like(logits.factor[..., :1]), torch.zeros_like(logits.draws[:1, :1]))
-    return {"map": likelihood.predict(certain, "mc").probs, "ella": likelihood.predict(logits, predictive).probs}
+    one, temperature = torch.ones_like(temperature).to(logits.mean), temperature.to(logits.mean)
+    return {
+        "map": likelihood.predict(certain, "mc", one).probs,
+        "ella": likelihood.predict(logits, predictive, temperature).probs,
+    }
 
 
 def _figures(likelihood: Likelihood, probs: dict[str, Tensor], targets: Tensor) -> dict[str, float]:

@@ -40,11 +40,13 @@ class Gaussian:
     def expectation(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Monte Carlo mean (B, …) of `function`, which maps logits (s, B, C) to (s, B, …)."""
         size = max(1, SAMPLES_BUDGET // max(1, self.mean.numel()))
-        total = sum(function(self.mean + self._offsets(z)).sum(0) for z in self.draws.split(size))
+        parts = (Gaussian(self.mean, self.factor, z) for z in self.draws.split(size))
+        total = sum(function(part.samples()).sum(0) for part in parts)
         return torch.as_tensor(total) / len(self.draws)
 
-    def _offsets(self, z: Tensor) -> Tensor:
-        return (self.factor @ z.T).movedim(-1, 0)  # (B, C, K) x (K, s) -> (s, B, C)
+    def samples(self) -> Tensor:
+        """Logits (S, B, C), one for each draw."""
+        return self.mean + (self.factor @ self.draws.T).movedim(-1, 0)  # (B, C, K) x (K, S) -> (S, B, C)
 
 
 class Likelihood(ABC):
@@ -65,8 +67,8 @@ class Likelihood(ABC):
         """∇ log p(y|f) in the logits, (B, C), for one target each, drawn from the network's p(y|f) by uniforms (B,)."""
 
     @abstractmethod
-    def predict(self, logits: Gaussian, predictive: str) -> "ClassPrediction":
-        """Integrate over the posterior of the logits."""
+    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> "ClassPrediction":
+        """Integrate over the posterior of the logits, divided by the temperature ()."""
 
     @abstractmethod
     def nll(self, prediction: "ClassPrediction", targets: Tensor) -> Tensor:
@@ -111,9 +113,9 @@ class Classification(Likelihood):
         labels = passed.sum(-1).clamp_max(probs.shape[1] - 1)
         return torch.nn.functional.one_hot(labels, probs.shape[1]) - probs
 
-    def predict(self, logits: Gaussian, predictive: str) -> "ClassPrediction":
+    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> "ClassPrediction":
         """Class probabilities by Monte Carlo ("mc"), the probit approximation or the Laplace bridge."""
-        return ClassPrediction(logits, predictive)
+        return ClassPrediction(logits, predictive, temperature)
 
     def nll(self, prediction: "ClassPrediction", targets: Tensor) -> Tensor:
         """−log of the mean probability of the target."""
@@ -130,7 +132,9 @@ class ClassPrediction:
     """What the posterior says of a batch; everything but the logits is worked out when it is asked for."""
 
     logits: Gaussian
-    predictive: str = "mc"
+    predictive: str
+    temperature: Tensor  # ()
+    novelty: Tensor | None = None  # (B,)
 
     @property
     def logits_mean(self) -> Tensor:
@@ -150,7 +154,7 @@ class ClassPrediction:
     @cached_property
     def probs(self) -> Tensor:
         """(B, C) class probabilities, averaged over the posterior."""
-        return PREDICTIVES[self.predictive](self.logits)
+        return PREDICTIVES[self.predictive](self._tempered)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -163,9 +167,14 @@ class ClassPrediction:
 
         H(E[p]) − E[H(p)], both by Monte Carlo with the same draws, whichever way `probs` are computed.
         """
-        mean = self.probs if self.predictive == "mc" else monte_carlo(self.logits)
-        expected = self.logits.expectation(lambda f: -(f.softmax(-1) * f.log_softmax(-1)).sum(-1))
+        mean = self.probs if self.predictive == "mc" else monte_carlo(self._tempered)
+        expected = self._tempered.expectation(lambda f: -(f.softmax(-1) * f.log_softmax(-1)).sum(-1))
         return (entropy(mean) - expected).clamp_min(0)
+
+    @property
+    def _tempered(self) -> Gaussian:
+        mean, factor = self.logits.mean / self.temperature, self.logits.factor / self.temperature
+        return Gaussian(mean, factor, self.logits.draws)
 
     def __len__(self) -> int:
         return len(self.logits.mean)

@@ -1,35 +1,50 @@
-"""The Gaussian over the K coordinates of the basis, and the choice of its two scales on unseen points."""
+"""The Gaussian over the coordinates of the basis and of the probes, and the choice of its scales on unseen points."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .distributed import World
 from .likelihoods import Gaussian, Likelihood
+from .linearize import slices
 
-PRIOR_VARIANCES = (1e-4, 1e-2, 1e0, 1e2)  # where the search for each scale starts
-COVARIANCE_SCALES = (1e0, 1e1, 1e2, 1e3, 1e4)
-TUNING_BUDGET = 2**22  # logits sampled for one candidate
+SCALES = ("prior_variance", "covariance_scale", "residual_scale", "temperature")
+TUNING_BUDGET = 2**22  # logits sampled for one candidate, and at a time
+PULL = 1e-5  # nats for each squared e-fold away from the start: what the points say nothing of stays there
+# Standard errors that the NLL may rise for more variance outside the span. On two ResNet-20s, calibrated on 1,000 and
+# 3,000 images, a whole one costs up to .6 % of the NLL on images like those, and gains 1 to 2 % on corrupted ones.
+CAUTION = 0.5
+RANGE = 20.0  # e-folds that a scale may move from its start
+STEPS = 100  # of an e-fold: rounded to them, the scales do not hang on the order of a sum
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """N(0, s A⁻¹) with A = H + I/σ₀²: H the curvature (K, K), σ₀² the prior variance, s the covariance scale."""
+    """Logits f(x) + Ψ w + Ψ⊥ v with w ~ N(0, s A⁻¹), A = H + I/σ₀², and v ~ N(0, r I).
+
+    Ψ = J V are the features along the basis, of which H is the curvature (K, K); Ψ⊥ those along m probes, with
+    E[Ψ⊥ Ψ⊥ᵀ] = J Jᵀ − Ψ Ψᵀ. Probabilities are those of the logits divided by the temperature T.
+    """
 
     curvature: Tensor
-    prior_variance: Tensor
-    covariance_scale: Tensor
+    prior_variance: Tensor  # σ₀²
+    covariance_scale: Tensor  # s
+    residual_scale: Tensor  # r
+    temperature: Tensor  # T
 
     def root(self) -> Tensor:
         """R (K, K) with R Rᵀ = s A⁻¹, float64: the symmetric one, which does not hang on the signs of eigenvectors."""
         eigenvalues, eigenvectors = torch.linalg.eigh(self.curvature)
-        return eigenvectors * self._deviations(eigenvalues) @ eigenvectors.T
+        deviations = (self.covariance_scale / (eigenvalues.clamp_min(0) + 1 / self.prior_variance)).sqrt()
+        return eigenvectors * deviations @ eigenvectors.T
 
-    def _deviations(self, eigenvalues: Tensor) -> Tensor:
-        return (self.covariance_scale / (eigenvalues.clamp_min(0) + 1 / self.prior_variance)).sqrt()
+    def factor(self, features: Tensor) -> Tensor:
+        """F (B, C, K + m) with F Fᵀ the covariance of the logits, from features [Ψ, Ψ⊥] (B, C, K + m)."""
+        rank = len(self.curvature)
+        inside, outside = features[..., :rank], features[..., rank:]
+        return torch.cat([inside @ self.root().to(features), outside * self.residual_scale.sqrt().to(features)], -1)
 
 
 def calibrate(
@@ -41,67 +56,118 @@ def calibrate(
     *,
     predictive: str,
     draws: Tensor,
-    prior_variance: float | None = None,
-    covariance_scale: float | None = None,
+    given: Mapping[str, float | None],
     world: World | None = None,
 ) -> Posterior:
-    """Choose the prior variance and the covariance scale with the lowest NLL on unseen points.
+    """Choose the scales with the lowest NLL on unseen points, then as much variance outside the span as they allow.
 
-    Works on cached features alone, by the predictive that is used later: a coarse grid over what is not given, then
-    a compass search around its best point, in powers of ten.
+    Works on cached features alone, by the predictive that is used later, and follows the gradient in the scales'
+    logarithms. Points like those of the training say little of the variance outside the span, which matters away from
+    them: of the residual scales that the points do not refuse, by `CAUTION` standard errors of the change in NLL, the
+    largest is taken (compare the one-standard-error rule of Breiman et al. 1984).
 
     Args:
         logits: (n, C) outputs at the calibration points.
-        features: (n, C, K) features there.
+        features: (n, C, K + m), along the basis and the probes.
         targets: what belongs to them.
         curvature: H, (K, K).
         likelihood: gives the NLL.
         predictive: how the posterior is integrated over.
-        draws: (S, K) standard normal numbers; as many are used as `TUNING_BUDGET` allows, 16 at least.
-        prior_variance: fixes σ₀², if given.
-        covariance_scale: fixes s, if given.
+        draws: (S, K + m) standard normal numbers; as many are used as `TUNING_BUDGET` allows, 16 at least.
+        given: the scales that are fixed, by name; None where they are to be chosen.
         world: the processes that share the calibration points; the arguments are then this one's share.
     """
     world = world or World()
     count = int(world.sum(torch.tensor(len(logits))))
     draws = draws[: max(16, TUNING_BUDGET // (count * logits.shape[1]))]
-    unit = torch.ones((), dtype=torch.float64, device=curvature.device)
+    start = _start(features, curvature, given, count, world)
+    free = [name for name in SCALES if given.get(name) is None and getattr(start, name) > 0]
+    parts = slices(len(logits), max(1, TUNING_BUDGET // (logits.shape[1] * max(draws.shape))))
 
-    def posterior(exponents: tuple[float, float]) -> Posterior:
-        return Posterior(curvature, *(unit * 10.0**exponent for exponent in exponents))
+    def posterior(steps: Tensor) -> Posterior:
+        """The start, its free scales multiplied by the exponentials of `steps`."""
+        factors = steps.clamp(-RANGE, RANGE).exp()
+        return replace(start, **{name: getattr(start, name) * by for name, by in zip(free, factors, strict=True)})
 
-    def nll(exponents: tuple[float, float]) -> float:
+    def losses(steps: Tensor, part: slice) -> Tensor:
+        chosen = posterior(steps)
+        gaussian = Gaussian(logits[part], chosen.factor(features[part]), draws)
+        prediction = likelihood.predict(gaussian, predictive, chosen.temperature.to(logits))
+        return likelihood.nll(prediction, targets[part]).double()
+
+    def loss_and_gradient(steps: Tensor) -> tuple[Tensor, Tensor]:
+        steps = steps.detach().requires_grad_()
+        found = steps.new_zeros(1 + len(free))
+        with world.together("the calibration"), torch.enable_grad():
+            for part in parts:
+                total = losses(steps, part).sum() / count
+                found += torch.cat([total.detach().view(1), *torch.autograd.grad(total, steps)])
+        pull = torch.cat([steps.detach().square().sum().view(1), 2 * steps.detach()])
+        loss, *gradient = world.sum(found) + PULL * pull
+        return loss, torch.stack(gradient)
+
+    def all_losses(steps: Tensor) -> Tensor:
         with world.together("the calibration"):
-            factor = features @ posterior(exponents).root().to(features.dtype)
-            prediction = likelihood.predict(Gaussian(logits, factor, draws), predictive)
-            total = likelihood.nll(prediction, targets).double().sum()
-        return float((world.sum(total) / count).nan_to_num(torch.inf))
+            return torch.cat([steps.new_empty(0), *(losses(steps, part) for part in parts)])
 
-    def exponents(given: float | None, candidates: tuple[float, ...]) -> list[float]:
-        return torch.tensor(candidates if given is None else [given]).double().log10().tolist()
+    def standard_errors(change: Tensor) -> float:
+        """How many standard errors the mean change of the points' losses is above zero."""
+        total, square = world.sum(torch.stack([change.sum(), change.square().sum()])) / count
+        return float(total / ((square - total.square()) / count).clamp_min(1e-30).sqrt())
 
-    grid = product(exponents(prior_variance, PRIOR_VARIANCES), exponents(covariance_scale, COVARIANCE_SCALES))
-    return posterior(compass_search(nll, list(grid), free=(prior_variance is None, covariance_scale is None)))
+    best = minimise(loss_and_gradient, torch.zeros(len(free), dtype=torch.float64, device=curvature.device))
+    if "residual_scale" in free:
+        axis = torch.tensor([name == "residual_scale" for name in free]).to(best)
+        lowest = all_losses(best)
+        best += axis * largest(lambda by: standard_errors(all_losses(best + by * axis) - lowest) <= CAUTION, RANGE)
+    return posterior((best * STEPS).round() / STEPS)
 
 
-def compass_search(
-    loss: Callable[[tuple[float, float]], float],
-    starts: list[tuple[float, float]],
-    free: tuple[bool, bool],
-    step: float = 0.5,
-    smallest_step: float = 0.03,
-) -> tuple[float, float]:
-    """Minimise `loss` in the plane: from the best start, step along the free axes and halve the step when stuck."""
-    seen = {point: loss(point) for point in starts}
-    best = min(seen, key=seen.__getitem__)
-    while step > smallest_step and any(free):
-        moves = [(step, 0.0), (-step, 0.0)] * free[0] + [(0.0, step), (0.0, -step)] * free[1]
-        for dx, dy in moves:
-            point = (best[0] + dx, best[1] + dy)
-            if abs(point[0]) <= 8 and abs(point[1]) <= 8 and point not in seen:
-                seen[point] = loss(point)
-        nearby = min(seen, key=seen.__getitem__)
-        if nearby == best:
-            step /= 2
-        best = nearby
-    return best
+def minimise(loss_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Tensor:
+    """Follow the gradient downhill (L-BFGS)."""
+    point = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([point], max_iter=30, tolerance_change=1e-6, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        loss, point.grad = loss_and_gradient(point)
+        return loss
+
+    if len(start):
+        optimizer.step(closure)  # type: ignore[arg-type] - a loss as a tensor is what it documents
+    return point.detach()
+
+
+def largest(accepted: Callable[[float], bool], highest: float, steps: int = 12) -> float:
+    """The largest number up to `highest` that is accepted, if all below it are, by halving the interval."""
+    low, high = 0.0, highest
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if accepted(middle) else (low, middle)
+    return low
+
+
+def _start(
+    features: Tensor, curvature: Tensor, given: Mapping[str, float | None], count: int, world: World
+) -> Posterior:
+    """The given scales; for the others, a prior like the curvature, variances of one at the mean logit, and T = 1."""
+
+    def scale(name: str, otherwise: Tensor | float) -> Tensor:
+        value = given.get(name)
+        return torch.as_tensor(otherwise if value is None else value, dtype=torch.float64, device=curvature.device)
+
+    def inverse(variance: Tensor) -> Tensor:
+        return torch.where(variance > 0, 1 / variance, 0)
+
+    one = curvature.new_ones(())
+    prior = scale("prior_variance", 1 / torch.linalg.eigvalsh(curvature).clamp_min(1e-8).log().mean().exp())
+    squares = Posterior(curvature, prior, one, one, one).factor(features).square().sum((0, 1)).double()  # (K + m,)
+    rank = len(curvature)
+    sums = world.sum(torch.stack([squares[:rank].sum(), squares[rank:].sum()]))
+    inside, outside = (inverse(total / (count * features.shape[1])) for total in sums)
+    return Posterior(
+        curvature,
+        prior,
+        scale("covariance_scale", inside),
+        scale("residual_scale", outside),
+        scale("temperature", 1.0),
+    )

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -17,30 +18,33 @@ from .data import Inputs
 from .engine import Linearization
 from .likelihoods import LIKELIHOODS, ClassPrediction, Gaussian
 from .linearize import Basis, Forward, as_function, call, version
-from .posterior import Posterior
+from .posterior import SCALES, Posterior
+from .residual import with_probes
 from .settings import Settings
 
-FORMAT = "lightning-ella 2"
-MAX_DRAWN = 2**28  # numbers S K: a file may not ask for more
+FORMAT = "lightning-ella 3"
+MAX_DRAWN = 2**28  # numbers S (K + m): a file may not ask for more
 
 
 class ELLAPredictor(nn.Module):
     """A trained network that knows how sure it is.
 
-    Calling it with a batch of inputs gives a prediction with `probs`, `entropy`, `mutual_information`, `logits_mean`
-    and `logits_covariance`. The same input always gets the same answer: the Monte Carlo draws are fixed by `seed` and
-    shared by all inputs.
+    Calling it with a batch of inputs gives a prediction with `probs`, `entropy`, `mutual_information`, `novelty`,
+    `logits_mean` and `logits_covariance`. The same input always gets the same answer: the Monte Carlo draws are fixed
+    by `seed` and shared by all inputs.
 
     Args:
         model: the network whose posterior this is, at the weights that it was fitted with.
-        basis: V, parameter name -> (K, *shape), orthonormal.
+        basis: V, parameter name -> (K, *shape), orthonormal; or V and the m probes after it, (K + m, *shape).
         eigenvalues: (K,), of the kernel: those of the landmarks' Gram matrix / M.
         curvature: H, (K, K), summed over all N training points.
         prior_variance: σ₀², the variance of every parameter before the data, ().
         covariance_scale: the multiplier of the posterior covariance, (); 1 is the plain posterior.
+        residual_scale: the variance of every parameter outside the span of V, ().
+        temperature: what the logits are divided by before they become probabilities, ().
         forward: how to call the network.
         settings: the other numbers and names that predictions depend on: `likelihood`, `predictive`, `num_samples`,
-            `seed`, and those of `Linearization`.
+            `seed`, `residual` (m), and those of `Linearization`.
         origin: says which weights these are, in the error that refuses others: the name of a checkpoint.
     """
 
@@ -56,6 +60,8 @@ class ELLAPredictor(nn.Module):
         curvature: Tensor,
         prior_variance: Tensor,
         covariance_scale: Tensor,
+        residual_scale: Tensor,
+        temperature: Tensor,
         forward: Forward = call,
         settings: Mapping[str, Any],
         origin: str = "",
@@ -63,16 +69,19 @@ class ELLAPredictor(nn.Module):
         super().__init__()
         # Not registered: the head may then be a submodule of the network, as in `module.ella = ELLAPredictor.load(…)`.
         object.__setattr__(self, "model", model)
-        self.basis = dict(basis)
         self.eigenvalues, self.curvature = eigenvalues, curvature
         self.prior_variance, self.covariance_scale = prior_variance, covariance_scale
+        self.residual_scale, self.temperature = residual_scale, temperature
+        self._tangents = dict(basis)
+        if len(next(iter(basis.values()))) == self.rank:
+            with_probes(self._tangents, settings["residual"], settings["seed"])
         self.forward_function = forward
         self.settings, self.origin = dict(settings), origin
         self.likelihood = LIKELIHOODS[settings["likelihood"]]()
-        self.draws = standard_normal(settings["num_samples"], len(curvature), settings["seed"])
+        self.draws = standard_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
         self.fingerprint = fingerprint(model)
         self._verified = _versions(model)
-        self._linearization = linearize(model, forward, settings, self.basis)
+        self._linearization = linearize(model, forward, settings, self._tangents)
 
     def forward(self, inputs: Inputs) -> ClassPrediction:
         """Predict for a batch; works under `inference_mode`, in train mode and on any device that the model is on.
@@ -80,19 +89,31 @@ class ELLAPredictor(nn.Module):
         Raises:
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
-        self._check_weights()
-        with as_function(self.model, self.basis):
-            inputs = tree_map(_out_of_inference, inputs)
-            self._follow()
-            logits, features = self._linearization.features(inputs, self.basis)
-            factor = features @ self.posterior.root().to(features.dtype)  # (B, C, K)
-            gaussian = Gaussian(logits, factor, self.draws.to(features.dtype))
-            return self.likelihood.predict(gaussian, self.settings["predictive"])
+        with self._evaluating():
+            gaussian, features = self._logits(inputs, self.draws)
+            prediction = self.likelihood.predict(gaussian, self.settings["predictive"], self.temperature.to(features))
+            if features.shape[-1] > self.rank:
+                prediction.novelty = novelty(features, self.rank)
+            return prediction
+
+    def sample_functions(self, num_functions: int, seed: int = 0) -> "SampledFunctions":
+        """Draw S networks from the posterior, as functions that can be evaluated anywhere.
+
+        One draw of the weights is one function, so its values at different inputs belong together: for Thompson
+        sampling, active learning, or the distribution of anything that depends on several outputs at once.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        return SampledFunctions(self, torch.randn(num_functions, self.draws.shape[1], generator=generator))
+
+    @property
+    def basis(self) -> dict[str, Tensor]:
+        """V, parameter name -> (K, *shape)."""
+        return {name: tangents[: self.rank] for name, tangents in self._tangents.items()}
 
     @property
     def posterior(self) -> Posterior:
-        """The Gaussian over the K coordinates of the basis."""
-        return Posterior(self.curvature, self.prior_variance, self.covariance_scale)
+        """The Gaussian over the coordinates of the basis and of the probes."""
+        return Posterior(self.curvature, *(getattr(self, name) for name in SCALES))
 
     @property
     def rank(self) -> int:
@@ -146,18 +167,30 @@ class ELLAPredictor(nn.Module):
         if not all(tensor.sum().isfinite() for tensor in tensors.values()):
             raise ValueError(f"{path} has numbers that are NaN or infinite: fit again.")
         parts = {name: tensors.pop(name) for name in _PARTS}
-        if min(parts["prior_variance"], parts["covariance_scale"]) <= 0:
+        if min(parts[name] for name in SCALES) <= 0:
             raise ValueError(f"{path} has a variance that is not positive: fit again.")
         basis = {name.removeprefix("basis."): tangents for name, tangents in tensors.items()}
         settings, origin = described["settings"], described["origin"]
         return cls(model, basis=basis, forward=forward, settings=settings, origin=origin, **parts)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self._check_weights()
+        with as_function(self.model, self._tangents):
+            self._follow()
+            yield
+
+    def _logits(self, inputs: Inputs, draws: Tensor) -> tuple[Gaussian, Tensor]:
+        """Their distribution, and the features (B, C, K + m) along basis and probes."""
+        logits, features = self._linearization.features(tree_map(_out_of_inference, inputs), self._tangents)
+        return Gaussian(logits, self.posterior.factor(features), draws.to(features)), features
 
     def _check_weights(self) -> None:
         versions = _versions(self.model)
         if versions != self._verified:  # something wrote to the weights: see whether they changed
             _compare(self.fingerprint, fingerprint(self.model), "this posterior", self.origin)
             self._verified = versions
-            self._linearization = linearize(self.model, self.forward_function, self.settings, self.basis)
+            self._linearization = linearize(self.model, self.forward_function, self.settings, self._tangents)
 
     def _follow(self) -> None:
         """Move the posterior to where the network is now."""
@@ -171,12 +204,48 @@ class ELLAPredictor(nn.Module):
         return self
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.basis = {name: fn(tangents) for name, tangents in self.basis.items()}
+        self._tangents = {name: fn(tangents) for name, tangents in self._tangents.items()}
         for name in (*_PARTS, "draws"):
             setattr(self, name, fn(getattr(self, name)))
 
 
-_PARTS = ("eigenvalues", "curvature", "prior_variance", "covariance_scale")
+_PARTS = ("eigenvalues", "curvature", *SCALES)
+
+
+class SampledFunctions:
+    """S networks drawn from a posterior: call it for all of them at once, or index it for one.
+
+    Args:
+        predictor: whose posterior they are from.
+        draws: (S, K + m) standard normal numbers, the coordinates of each.
+    """
+
+    def __init__(self, predictor: ELLAPredictor, draws: Tensor):
+        self.predictor, self.draws = predictor, draws
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Logits (S, B, C), divided by the temperature: the softmax of each is what that network would say."""
+        with self.predictor._evaluating():
+            logits, _ = self.predictor._logits(inputs, self.draws)
+            return logits.samples() / self.predictor.temperature.to(logits.mean)
+
+    def __getitem__(self, index: int) -> Callable[[Inputs], Tensor]:
+        """One of them, a function from inputs to logits (B, C)."""
+        draw = self.draws[index].unsqueeze(0)
+        return lambda inputs: SampledFunctions(self.predictor, draw)(inputs)[0]
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+
+def novelty(features: Tensor, rank: int) -> Tensor:
+    """The share of an input's kernel that lies outside the span of the basis, (B,) in [0, 1].
+
+    tr(Ψ⊥ Ψ⊥ᵀ) / tr(Ψ Ψᵀ + Ψ⊥ Ψ⊥ᵀ), from features (B, C, K + m) centred over the outputs. Near one for inputs that the
+    landmarks tell nothing about: a score for out-of-distribution detection.
+    """
+    squares = (features - features.mean(1, keepdim=True)).square().sum(1)  # (B, K + m)
+    return squares[:, rank:].sum(1) / squares.sum(1).clamp_min(torch.finfo(squares.dtype).tiny)
 
 
 def linearize(
@@ -220,11 +289,13 @@ def _compare(expected: dict[str, str], found: dict[str, str], what: str, origin:
 def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[str, Any], path: Any) -> None:
     """Raise a ValueError unless the tensors of a file are those of a posterior of this network."""
     rank = next(iter(shapes.get("eigenvalues", ("", ()))[1]), 0)
-    expected = {"eigenvalues": (rank,), "curvature": (rank, rank), "prior_variance": (), "covariance_scale": ()}
+    expected: dict[str, tuple[int, ...]] = {"eigenvalues": (rank,), "curvature": (rank, rank)}
+    expected |= dict.fromkeys(SCALES, ())
     expected |= {f"basis.{name}": (rank, *parameter.shape) for name, parameter in model.named_parameters()}
     types = {name: ("F32", "F64") if name in _PARTS else ("F32", "F64", "BF16") for name in expected}
     wrong = [n for n, (kind, shape) in shapes.items() if expected.get(n) != shape or kind not in types[n]]
-    complete = shapes.keys() > set(_PARTS) and rank > 0 and settings["num_samples"] * rank <= MAX_DRAWN
+    probes = settings["residual"] if isinstance(settings["residual"], int) else MAX_DRAWN
+    complete = shapes.keys() > set(_PARTS) and rank > 0 and settings["num_samples"] * (rank + probes) <= MAX_DRAWN
     if wrong or not complete:
         raise ValueError(f"the tensors in {path} are not those of a posterior of this network ({wrong}): fit again.")
 

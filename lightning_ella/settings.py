@@ -8,8 +8,10 @@ from .curvature import CURVATURES
 from .engine import ENGINES, PRECISIONS
 from .landmarks import LANDMARKS
 from .likelihoods import LIKELIHOODS
+from .posterior import SCALES
 
 MAX_DRAWS = 2**20
+MAX_PROBES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,11 @@ class Settings:
         num_calibration: unseen points that the scales are chosen on, at most; None takes all.
         prior_variance: σ₀²; None chooses it on unseen points.
         covariance_scale: multiplier of the posterior covariance; None chooses it on unseen points.
+        residual: the variance outside the span of the K directions, from random probes: "auto" takes as many as are
+            cheap, "none" leaves it out, a number takes that many.
+        residual_scale: variance of every parameter outside the span; None chooses it on unseen points, and leaves the
+            residual out where there are none.
+        temperature: the logits are divided by it before they become probabilities; None chooses it on unseen points.
         predictive: how probabilities are averaged over the posterior: "mc", "probit" or "bridge".
         num_samples: Monte Carlo draws S.
         engine: how features are computed: "forward" or "layerwise" (reverse) mode; "auto" takes the cheaper one.
@@ -49,6 +56,9 @@ class Settings:
     num_calibration: int | None = 5000
     prior_variance: float | None = None
     covariance_scale: float | None = None
+    residual: str | int = "auto"
+    residual_scale: float | None = None
+    temperature: float | None = None
     predictive: str = "mc"
     num_samples: int = 512
     engine: str = "auto"
@@ -76,7 +86,11 @@ class Settings:
             raise ValueError(f"num_samples={self.num_samples} is more than {MAX_DRAWS}: 512 are usually enough.")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r} must be a whole number of at least 0.")
-        for name in ("prior_variance", "covariance_scale"):
+        if isinstance(self.residual, str):
+            _one_of("residual", self.residual, ("auto", "none"))
+        elif not isinstance(self.residual, int) or not 0 <= self.residual <= MAX_PROBES:
+            raise ValueError(f"residual={self.residual!r} is not 'auto', 'none' or a number of at most {MAX_PROBES}.")
+        for name in SCALES:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} must be a positive number, or None to choose it on unseen points.")

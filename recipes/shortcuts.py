@@ -60,8 +60,9 @@ def cache(predictor: ELLAPredictor, dataset: Dataset, what: str) -> Cache:
 
 def nll(points: Cache, posterior: Posterior, draws: Tensor) -> float:
     """Mean NLL of the Monte Carlo predictive."""
-    logits = Gaussian(points.logits, points.features @ posterior.root().float(), draws)
-    return float(LIKELIHOOD.nll(LIKELIHOOD.predict(logits, "mc"), points.targets).mean())
+    logits = Gaussian(points.logits, posterior.factor(points.features), draws)
+    prediction = LIKELIHOOD.predict(logits, "mc", posterior.temperature.float())
+    return float(LIKELIHOOD.nll(prediction, points.targets).mean())
 
 
 def paper(curvatures: dict[int, Tensor], total: int, unseen: Cache, test: Cache, draws: Tensor) -> tuple[float, int]:
@@ -72,7 +73,8 @@ def paper(curvatures: dict[int, Tensor], total: int, unseen: Cache, test: Cache,
 
     def after(n: int) -> Posterior:
         scale = torch.tensor(total / n, dtype=torch.float64)
-        return Posterior(curvatures[n] * total / n, torch.tensor(PAPER_PRIOR_VARIANCE).double(), scale)
+        one = torch.ones_like(scale)
+        return Posterior(curvatures[n] * total / n, PAPER_PRIOR_VARIANCE * one, scale, one, one)
 
     best = min(curvatures, key=lambda n: nll(unseen, after(n), draws))
     return nll(test, after(best), draws), best
@@ -97,10 +99,11 @@ def main(config: DictConfig) -> None:
     data.setup("fit")
     train, unseen, test = data.ella_train_dataloader(), data.holdout, first(data.test, config.num_test, config.seed)
     common = {"num_landmarks": config.num_landmarks, "rank": config.rank, "seed": config.seed}
+    common |= {"residual": "none", "temperature": 1.0}  # what is compared is what the span gives
     base = fit_ella(module, train, data.val_dataloader(), num_calibration=config.num_calibration, **common)
     rows = {"default": row(base, test, None)}
     reference = rows["default"].pop("variance")
-    given = {"prior_variance": float(base.prior_variance), "covariance_scale": float(base.covariance_scale)}
+    given = {name: float(getattr(base, name)) for name in ("prior_variance", "covariance_scale")}
     variants = {
         "gradients streamed": {"memory_budget": config.memory_budget},
         "basis in bf16": {"basis_precision": "bf16"},
@@ -123,7 +126,9 @@ def main(config: DictConfig) -> None:
     for n in (*(n for n in FEWER if n < len(visited.logits)), len(visited.logits)):
         part = Cache(*(values[:n] for values in visited))
         mean = LIKELIHOOD.curvature(part.logits.double(), part.features.double()) / len(part.logits)
-        chosen = calibrate(*held, mean * total, LIKELIHOOD, predictive="mc", draws=base.draws)
+        chosen = calibrate(
+            *held, mean * total, LIKELIHOOD, predictive="mc", draws=base.draws, given={"temperature": 1.0}
+        )
         rows[f"curvature from {n:,} points, tuned"] = {"nll": nll(tested, chosen, base.draws)}
     certain = Cache(tested.logits, torch.zeros_like(tested.features), tested.targets)
     rows["MAP"] = {"nll": nll(certain, base.posterior, base.draws[:1])}

@@ -46,7 +46,9 @@ def test_same_covariance_with_the_same_basis(name: str):
         curvature=hessian,
         prior_variance=torch.tensor(0.7).double(),
         covariance_scale=torch.tensor(1.0).double(),
-        settings=asdict(Settings()),
+        residual_scale=torch.tensor(1.0).double(),
+        temperature=torch.tensor(1.0).double(),
+        settings=asdict(Settings(residual=0)),
     )
     mean, covariance = peer._glm_predictive_distribution(case.inputs)
     out = predictor(case.inputs)

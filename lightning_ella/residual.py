@@ -1,0 +1,46 @@
+"""Random directions outside the span of the basis: what the rank-K covariance leaves out, without bias.
+
+Probes are made from a seed whenever they are needed, and never written to a file.
+"""
+
+import torch
+from torch import Tensor
+
+
+def num_probes(residual: str | int, rank: int, num_outputs: int) -> int:
+    """m: none, as many as given, or as many as are cheap.
+
+    In forward mode, for more outputs than directions, a probe costs as much as a direction of the basis: half as many.
+    In reverse mode it costs little: twice as many.
+    """
+    if isinstance(residual, int):
+        return residual
+    return {"none": 0, "auto": max(1, rank // 2) if num_outputs > rank else 2 * rank}[residual]
+
+
+def with_probes(basis: dict[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:
+    """Put `count` = m probes after the K directions of the basis V, in place: name -> (K + m, *shape).
+
+    A probe is (I − V Vᵀ) ε / √m with random signs ε, so the products with them, Ψ⊥ (B, C, m), are of the size of what
+    lies outside: E[Ψ⊥ Ψ⊥ᵀ] = J Jᵀ − Ψ Ψᵀ. A single variance has the relative standard deviation √(2/m).
+    """
+    if not count:
+        return basis
+    generator = torch.Generator().manual_seed(seed)
+    rank = len(next(iter(basis.values())))
+    overlap = torch.zeros(())
+    for name, part in basis.items():
+        signs = torch.randint(2, (count, *part.shape[1:]), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+        basis[name] = torch.cat([part, signs.to(part).div_(count**0.5)])
+        inside, outside = _halves(basis[name], rank)
+        overlap = overlap + outside @ inside.T  # (m, K)
+    for part in basis.values():
+        inside, outside = _halves(part, rank)
+        part[rank:] = (outside - overlap @ inside).view_as(part[rank:])
+    return basis
+
+
+def _halves(tangents: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(K, p) and (m, p), in float32 at least."""
+    precise = tangents.flatten(1).to(torch.promote_types(tangents.dtype, torch.float32))
+    return precise[:rank], precise[rank:]
