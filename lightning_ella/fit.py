@@ -24,7 +24,7 @@ from .engine import Linearization, free_memory, give_back
 from .landmarks import LANDMARKS, Landmarks
 from .likelihoods import LIKELIHOODS, Gaussian, Likelihood
 from .linearize import Basis, Forward, as_function, call, num_samples
-from .posterior import SCALES, Posterior, calibrate
+from .posterior import SCALES, Posterior, calibrate, prior_by_evidence
 from .predictor import ELLAPredictor, fingerprint, linearize, standard_normal
 from .residual import num_probes, with_probes
 from .settings import Settings
@@ -115,7 +115,8 @@ def run(
             train, held_out = _points(train_loader, calibration_loader, unpack)
             example = _check(linearization, train, held_out, settings)
             weights = json.dumps(fingerprint(model)) if world.size > 1 or stages.path else ""
-            stages.open(_identity(weights, linearization, train, settings) if stages.path else "")
+            data = (train, held_out is None)
+            stages.open(_identity(weights, linearization, *data, settings) if stages.path else "")
         world.check_same(weights, "weights: load the same checkpoint on all of them")
         for points in (train, held_out):
             digest = "" if points is None else points.digest()
@@ -136,12 +137,15 @@ def run(
             basis, eigenvalues = _basis(linearization, chosen, partial(visit, train), settings, world)
             return {"eigenvalues": eigenvalues} | {f"basis.{name}": tangents for name, tangents in basis.items()}
 
+        by_evidence = held_out is None and settings.prior_variance is None
+
         def make_curvature() -> dict[str, Tensor]:
             numbers = draw(settings.num_curvature, len(train), generator)
+            probes = num_probes("auto", settings.rank, example.shape[1]) if by_evidence else 0
             hessian = curvature(
                 linearization,
                 visit(train, numbers, "curvature"),
-                basis,
+                with_probes(dict(basis), probes, settings.seed),
                 likelihood,
                 len(train),
                 how=settings.curvature,
@@ -154,13 +158,20 @@ def run(
         eigenvalues = basis.pop("eigenvalues")
         basis = {name.removeprefix("basis."): tangents for name, tangents in basis.items()}
         hessian = stages.do("curvature", world, generator, linearization.device, make_curvature)["curvature"]
+        rank = len(eigenvalues)
+        hessian, outside = hessian[:rank, :rank], hessian.diagonal()[rank:].sum()
         with world.together("the probes"):
             count = 0 if held_out is None and settings.residual_scale is None else example.shape[1]
             residual = num_probes(settings.residual, len(hessian), count) if count else 0
             settings = replace(settings, residual=residual)
             with_probes(basis, residual, settings.seed)
         if held_out is None:
-            posterior, figures, count = _given(hessian, settings), {}, 0
+            if by_evidence:
+                dimensions = min(linearization.network.num_parameters, len(train) * (example.shape[1] - 1)) - rank
+                weights_squared = sum(value.double().square().sum() for value in linearization.parameters.values())
+                prior = prior_by_evidence(hessian, outside, dimensions, float(weights_squared))
+                settings = replace(settings, prior_variance=prior)
+            posterior, figures, count = _given(hessian, settings, by_evidence), {}, 0
         else:
             count = min(len(held_out), settings.num_calibration or len(held_out))
             with world.together("the calibration points"):
@@ -208,7 +219,7 @@ def _share_of_memory(model: nn.Module, world: World) -> int:
     return world.smallest(free_memory(device) // (4 * sharing))
 
 
-def _identity(weights: str, linearization: Linearization, train: Points, settings: Settings) -> str:
+def _identity(weights: str, linearization: Linearization, train: Points, alone: bool, settings: Settings) -> str:
     """What the stages of a fit depend on: weights, parameters taken into account, settings and data."""
     chosen = asdict(settings)
     for later in ("num_calibration", "residual", "predictive", "num_samples", *SCALES):
@@ -219,7 +230,7 @@ def _identity(weights: str, linearization: Linearization, train: Points, setting
             for leaf in tree_leaves(batch):
                 seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
     names = sorted(linearization.parameters)
-    return json.dumps([weights, names, chosen, train.digest(), seen.hexdigest()])
+    return json.dumps([weights, names, chosen, train.digest(), alone, seen.hexdigest()])
 
 
 def _points(train: DataLoader, held_out: DataLoader | None, unpack: Unpack) -> tuple[Points, Points | None]:
@@ -361,11 +372,12 @@ def _say(posterior: Posterior, figures: dict[str, float], count: int, chosen: li
         log.warning("ELLA: %d calibration points are few, so the scales are rough: hold out %d or more.", *(count, FEW))
 
 
-def _given(hessian: Tensor, settings: Settings) -> Posterior:
+def _given(hessian: Tensor, settings: Settings, by_evidence: bool) -> Posterior:
     scales = {name: getattr(settings, name) or 1.0 for name in SCALES}
     log.warning(
-        "ELLA: no validation data, so nothing is tuned: %s. Uncertainty is "
+        "ELLA: no validation data, so %s: %s. Uncertainty is "
         "calibrated only if these are; pass calibration_loader= or a val_dataloader of data never trained on.",
+        "the prior is the one with the highest marginal likelihood" if by_evidence else "nothing is tuned",
         ", ".join(f"{name}={value:g}" for name, value in scales.items()),
     )
     return Posterior(hessian, **{name: torch.tensor(value).to(hessian) for name, value in scales.items()})

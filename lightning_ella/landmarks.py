@@ -37,7 +37,7 @@ def class_balanced(points: Points, num_landmarks: int, num_outputs: int, generat
     labels = points.labels(candidates.tolist())
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(
-            "landmarks='class-balanced' needs one class index a point, but the targets have the shape "
+            "landmarks='uniform-class' needs one class index a point, but the targets have the shape "
             f"{tuple(labels.shape)} and the type {labels.dtype}: pass landmarks='uniform'."
         )
     turn = torch.empty_like(labels)  # how many earlier candidates are of the same class
@@ -51,7 +51,7 @@ def class_balanced(points: Points, num_landmarks: int, num_outputs: int, generat
 Rule = Callable[[Points, int, int, Generator], Landmarks]
 
 LANDMARKS: dict[str, Rule] = {
-    "class-balanced": class_balanced,
+    "uniform-class": class_balanced,
     "uniform": uniform,
 }
 

@@ -29,7 +29,8 @@ def with_probes(basis: dict[str, Tensor], count: int, seed: int) -> dict[str, Te
     generator = torch.Generator().manual_seed(seed)
     rank = len(next(iter(basis.values())))
     overlap = torch.zeros(())
-    for name, part in basis.items():
+    for name in sorted(basis):  # a file may have another order
+        part = basis[name]
         signs = torch.randint(2, (count, *part.shape[1:]), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
         basis[name] = torch.cat([part, signs.to(part).div_(count**0.5)])
         inside, outside = _halves(basis[name], rank)

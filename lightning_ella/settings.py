@@ -22,7 +22,7 @@ class Settings:
         likelihood: what the network's outputs mean: "classification".
         num_landmarks: M, training inputs that the kernel is approximated from, one output of each.
         rank: K, directions of the kernel that are kept.
-        landmarks: how the landmarks are drawn: "class-balanced" or "uniform".
+        landmarks: how the landmarks are drawn: "uniform-class" or "uniform".
         curvature: "exact", or "sampled" with one backward pass a point.
         num_curvature: n, training points that the curvature is estimated from; None takes all.
         num_calibration: unseen points that the scales are chosen on, at most; None takes all.
@@ -50,7 +50,7 @@ class Settings:
     likelihood: str = "classification"
     num_landmarks: int = 2000
     rank: int = 20
-    landmarks: str = "class-balanced"
+    landmarks: str = "uniform-class"
     curvature: str = "exact"
     num_curvature: int | None = 2000
     num_calibration: int | None = 5000

@@ -225,7 +225,7 @@ def test_other_batches_and_calls_work_through_their_hooks():
         ({"prior_variance": -1.0}, "prior_variance=-1.0 must be a positive number"),
         ({"covariance_scale": float("nan")}, "covariance_scale=nan must be"),
         ({"likelihood": "poisson"}, "likelihood='poisson' is not one of 'classification'"),
-        ({"landmarks": "best"}, "landmarks='best' is not one of 'class-balanced', 'uniform'"),
+        ({"landmarks": "best"}, "landmarks='best' is not one of 'uniform-class', 'uniform'"),
         ({"predictive": "exact"}, "predictive='exact' is not one of 'mc', 'probit', 'bridge'"),
     ],
 )

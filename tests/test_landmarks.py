@@ -34,10 +34,10 @@ def test_classes_are_balanced_however_rare(with_targets: bool):
     data = points(labels)
     if with_targets:
         data.loader.dataset.targets = labels.tolist()  # as torchvision's data sets have
-    numbers, _ = LANDMARKS["class-balanced"](data, 250, 3, torch.Generator().manual_seed(0))
+    numbers, _ = LANDMARKS["uniform-class"](data, 250, 3, torch.Generator().manual_seed(0))
     assert labels[numbers].bincount().tolist() == [150, 60, 40]
 
 
 def test_targets_that_are_no_classes_are_refused():
     with pytest.raises(ValueError, match="landmarks='uniform'"):
-        LANDMARKS["class-balanced"](points(torch.rand(50)), 10, 3, torch.Generator())
+        LANDMARKS["uniform-class"](points(torch.rand(50)), 10, 3, torch.Generator())

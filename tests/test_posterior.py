@@ -1,11 +1,12 @@
 """The Gaussian in K dimensions, and the search for its scales."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_ella.likelihoods import Classification
-from lightning_ella.posterior import Posterior, calibrate, compass_search
+from lightning_ella.likelihoods import Classification, Gaussian
+from lightning_ella.posterior import SCALES, Posterior, calibrate, largest, minimise, prior_by_evidence
 from lightning_ella.predictor import standard_normal
 
 
@@ -14,22 +15,46 @@ from lightning_ella.predictor import standard_normal
 def test_root_squares_to_the_covariance(rank: int, log_prior: float, log_scale: float, seed: int):
     half = torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed)).double()
     curvature, prior, scale = half @ half.T, torch.tensor(10.0**log_prior), torch.tensor(10.0**log_scale)
-    root = Posterior(curvature, prior.double(), scale.double()).root()
+    one = torch.ones(()).double()
+    root = Posterior(curvature, prior.double(), scale.double(), one, one).root()
     expected = scale.double() * torch.linalg.inv(curvature + torch.eye(rank).double() / prior.double())
     torch.testing.assert_close(root @ root.T, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_compass_search_finds_the_bottom():
-    loss = lambda p: (p[0] - 1.3) ** 2 + 3 * (p[1] + 0.4 + 0.2 * p[0]) ** 2  # noqa: E731
-    best = compass_search(loss, [(0.0, 0.0), (5.0, 5.0)], (True, True))
-    assert abs(best[0] - 1.3) < 0.1
-    assert abs(best[1] + 0.66) < 0.1
+def test_the_factor_has_the_variance_of_the_span_and_that_of_the_probes():
+    torch.manual_seed(0)
+    features, scales = torch.randn(7, 3, 4 + 5).double(), torch.tensor([0.5, 2.0, 3.0, 1.5]).double()
+    posterior = Posterior(torch.eye(4).double(), *scales)
+    factor = posterior.factor(features)
+    inside, outside = features.split([4, 5], dim=-1)
+    expected = 2.0 / (1 + 1 / 0.5) * inside @ inside.mT + 3.0 * outside @ outside.mT
+    torch.testing.assert_close(factor @ factor.mT, expected)
 
 
-def test_compass_search_leaves_fixed_axes_alone():
-    best = compass_search(lambda p: p[0] ** 2 + p[1] ** 2, [(3.0, 0.7), (1.0, 0.7)], (True, False))
-    assert best[1] == 0.7
-    assert abs(best[0]) < 0.05
+def test_minimise_finds_the_bottom():
+    def loss_and_gradient(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        p = p.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = (p[0] - 1.3) ** 2 + 3 * (p[1] + 0.4 + 0.2 * p[0]) ** 2
+        return loss.detach(), torch.autograd.grad(loss, p)[0]
+
+    best = minimise(loss_and_gradient, torch.zeros(2).double())
+    torch.testing.assert_close(best, torch.tensor([1.3, -0.66]).double(), rtol=0, atol=1e-2)
+
+
+def test_largest_halves_the_interval():
+    assert abs(largest(lambda x: x <= 3.7, 20.0) - 3.7) < 0.01
+    assert largest(lambda x: False, 20.0) == 0.0
+
+
+def test_the_evidence_is_that_of_the_dense_determinant():
+    torch.manual_seed(0)
+    half = torch.randn(6, 6).double()
+    ggn, weights = torch.block_diag(half @ half.T, 0.3 * torch.eye(40).double()), 2.5
+    variances = torch.logspace(-8, 4, 1201).double()
+    dense = [weights / v + torch.logdet(torch.eye(46).double() + v * ggn) for v in variances]
+    found = prior_by_evidence(half @ half.T, torch.tensor(0.3 * 40).double(), 40, weights)
+    assert abs(found / float(variances[torch.stack(dense).argmin()]) - 1) < 1e-6
 
 
 def labelled(scale: float, num_points: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -46,16 +71,42 @@ def labelled(scale: float, num_points: int) -> tuple[torch.Tensor, torch.Tensor,
 def calibrated(scale: float, num_points: int, **options) -> Posterior:
     logits, features, targets = labelled(scale, num_points)
     options = {"predictive": "mc", "draws": standard_normal(512, 4, 0), **options}
-    return calibrate(logits, features, targets, torch.eye(4).double(), Classification(), **options)
+    return calibrate(logits, features, targets, torch.eye(options.pop("rank", 4)).double(), Classification(), **options)
 
 
 def test_calibration_recovers_the_scale_that_made_the_labels():
-    posterior = calibrated(4.0, 1500, prior_variance=1e8)
+    posterior = calibrated(4.0, 1500, given={"prior_variance": 1e8, "temperature": 1.0})
     assert posterior.prior_variance == 1e8
+    assert posterior.temperature == 1
     assert 2.0 < posterior.covariance_scale < 8.0
 
 
+def test_calibration_recovers_the_temperature_that_made_the_labels():
+    logits, features, _ = labelled(1.0, 3000)
+    targets = torch.distributions.Categorical(logits=logits / 2.0).sample()
+    draws = standard_normal(64, 4, 0)
+    posterior = calibrate(
+        *(logits, features, targets, torch.eye(4).double(), Classification()), predictive="mc", draws=draws, given={}
+    )
+    gaussian = Gaussian(logits, posterior.factor(features), draws)
+    probs = Classification().predict(gaussian, "mc", posterior.temperature.float()).probs
+    truth = (logits / 2.0).softmax(-1)
+    assert (probs - truth).abs().mean() < 0.02 < (logits.softmax(-1) - truth).abs().mean()
+
+
+def test_as_much_variance_outside_the_span_is_taken_as_the_points_allow():
+    given = {"prior_variance": 1.0, "covariance_scale": 1.0, "temperature": 1.0}
+    little, more = (calibrated(1.0, n, rank=2, given=given).residual_scale for n in (3000, 100))
+    assert 1.0 < little < more  # of labels made with the scale one; fewer points refuse less
+
+
 def test_calibration_keeps_what_is_given():
-    posterior = calibrated(1.0, 50, predictive="probit", prior_variance=0.3, covariance_scale=2.5)
-    torch.testing.assert_close(posterior.prior_variance, torch.tensor(0.3).double())
-    torch.testing.assert_close(posterior.covariance_scale, torch.tensor(2.5).double())
+    given = {"prior_variance": 0.3, "covariance_scale": 2.5, "residual_scale": 0.1, "temperature": 1.2}
+    posterior = calibrated(1.0, 50, predictive="probit", given=given)
+    assert {name: round(float(getattr(posterior, name)), 6) for name in given} == given
+
+
+@pytest.mark.parametrize("predictive", ["mc", "probit", "bridge"])
+def test_every_predictive_can_be_calibrated(predictive: str):
+    posterior = calibrated(1.0, 200, rank=3, predictive=predictive, given={})
+    assert all(float(getattr(posterior, name)) > 0 for name in SCALES)

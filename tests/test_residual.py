@@ -1,0 +1,82 @@
+"""Random directions outside the span of the basis."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Case, flat, make_case
+
+from lightning_ella import ELLAPredictor, fit_ella
+from lightning_ella.residual import num_probes, with_probes
+
+SMALL = {"num_landmarks": 30, "rank": 4, "prior_variance": 0.5, "covariance_scale": 2.0, "residual_scale": 3.0}
+
+
+def fitted(case: Case, **settings) -> ELLAPredictor:
+    return fit_ella(case.model, case.loader(), **{**SMALL, **settings})
+
+
+def test_probes_are_orthogonal_to_the_basis_and_leave_it_alone(case: Case):
+    plain, probed = (fitted(case, residual=m) for m in (0, 9))
+    basis, tangents = flat(plain.basis), flat(probed._tangents)
+    assert tangents.shape == (len(basis), 13)
+    assert flat(probed.basis).equal(basis)
+    torch.testing.assert_close(basis.T @ tangents[:, 4:], torch.zeros(4, 9).double(), rtol=0, atol=1e-9)
+
+
+def test_the_variance_outside_the_span_is_unbiased(case: Case):
+    probes = 1000
+    predictor = fitted(case, residual=probes, num_samples=2)
+    jacobian, basis = case.jacobian(), flat(predictor.basis)
+    inside = jacobian @ basis
+    outside = jacobian @ jacobian.mT - inside @ inside.mT  # (N, C, C)
+    inverse = torch.linalg.inv(predictor.curvature + torch.eye(4).double() / 0.5)
+    expected = 2.0 * inside @ inverse @ inside.mT + 3.0 * outside
+    error = (predictor(case.inputs).logits_covariance - expected).norm() / outside.norm()
+    assert error < 3.0 * 3 / probes**0.5  # two standard deviations of the mean over probes, √(2 / m)
+
+
+def test_novelty_is_the_share_of_the_kernel_outside():
+    case = make_case("mlp")
+    predictor = fitted(case, residual=1000, num_samples=2)
+    jacobian = case.jacobian()
+    jacobian = jacobian - jacobian.mean(1, keepdim=True)  # centred over the outputs
+    total, inside = (x.square().sum((1, 2)) for x in (jacobian, jacobian @ flat(predictor.basis)))
+    torch.testing.assert_close(predictor(case.inputs).novelty, 1 - inside / total, rtol=0, atol=0.05)
+    assert fitted(case, residual="none")(case.inputs).novelty is None
+
+
+def test_probes_are_made_again_from_the_seed_and_not_written(tmp_path: Path):
+    case = make_case("vit")
+    few, many = (fitted(case, residual=m) for m in (1, 100))
+    sizes = [predictor.save(tmp_path / "ella.safetensors").stat().st_size for predictor in (few, many)]
+    assert sizes[1] - sizes[0] < 10
+    loaded = ELLAPredictor.load(tmp_path / "ella.safetensors", case.model)
+    assert loaded(case.inputs).logits_covariance.equal(many(case.inputs).logits_covariance)
+
+
+@pytest.mark.parametrize(
+    ("residual", "outputs", "expected"), [("auto", 100, 10), ("auto", 5, 40), ("none", 5, 0), (7, 5, 7)]
+)
+def test_as_many_probes_as_are_cheap(residual: str | int, outputs: int, expected: int):
+    assert num_probes(residual, 20, outputs) == expected
+
+
+def test_probes_of_a_basis_in_bf16_are_nearly_orthogonal():
+    basis = {"w": torch.linalg.qr(torch.randn(500, 4))[0].T.bfloat16()}
+    tangents = with_probes(basis, 20, seed=0)["w"].float()
+    assert (tangents[:4] @ tangents[4:].T).abs().max() < 0.01 * tangents[4:].norm(dim=1).max()
+
+
+def test_sampled_functions_have_the_posteriors_moments_and_belong_together():
+    case = make_case("mlp")
+    predictor = fitted(case, residual=5, temperature=2.0)
+    functions = predictor.sample_functions(20_000, seed=1)
+    samples, out = functions(case.inputs), predictor(case.inputs)  # (S, N, C)
+    assert len(functions) == 20_000
+    torch.testing.assert_close(samples.mean(0), out.logits_mean / 2, rtol=0, atol=0.1)
+    covariance = torch.einsum("snc,snd->ncd", samples - samples.mean(0), samples - samples.mean(0)) / 20_000
+    torch.testing.assert_close(covariance, out.logits_covariance / 4, rtol=0.1, atol=0.05)
+    torch.testing.assert_close(samples.softmax(-1).mean(0), out.probs, rtol=0, atol=0.05)
+    torch.testing.assert_close(functions[3](case.inputs[7:9]), samples[3, 7:9])  # whatever it is evaluated with
+    assert predictor.sample_functions(3, seed=1)(case.inputs).equal(predictor.sample_functions(3, seed=1)(case.inputs))
