@@ -17,6 +17,8 @@ from lightning_ella.predictor import standard_normal
 
 CLASSES, RANK = 4, 3
 
+ONE = torch.ones(())
+
 
 def gaussian(scale: float = 1.0, batch_size: int = 5, num_samples: int = 4096) -> Gaussian:
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +99,7 @@ def test_bridge_agrees_with_dense_sampling_within_its_error():
 @pytest.mark.parametrize("predictive", Classification.predictives)
 def test_probabilities_add_up_and_ignore_nothing(predictive: str):
     for scale in (0.0, 1e-8, 1.0, 1e4):
-        probs = ClassPrediction(gaussian(scale), predictive).probs
+        probs = ClassPrediction(gaussian(scale), predictive, ONE).probs
         assert probs.isfinite().all()
         torch.testing.assert_close(probs.sum(-1), torch.ones(5).double())
 
@@ -113,18 +115,18 @@ def test_labels_may_be_of_any_integer_type(dtype: torch.dtype):
 
 
 def test_uncertainties_add_up():
-    prediction = ClassPrediction(gaussian(2.0))
+    prediction = ClassPrediction(gaussian(2.0), "mc", ONE)
     sampled = (prediction.logits.mean + (prediction.logits.factor @ prediction.logits.draws.T).movedim(-1, 0)).softmax(
         -1
     )
     expected = entropy(sampled.mean(0)) - entropy(sampled).mean(0)
     torch.testing.assert_close(prediction.mutual_information, expected)
     torch.testing.assert_close(prediction.entropy, entropy(sampled.mean(0)))
-    assert ClassPrediction(gaussian(0.0)).mutual_information.max() < 1e-12
+    assert ClassPrediction(gaussian(0.0), "mc", ONE).mutual_information.max() < 1e-12
 
 
 def test_covariance_and_variance_match():
-    prediction = ClassPrediction(gaussian())
+    prediction = ClassPrediction(gaussian(), "mc", ONE)
     diagonal = prediction.logits_covariance.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(prediction.logits_variance, diagonal)
 
