@@ -123,7 +123,7 @@ class Classification(Likelihood):
         return -probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
 
     def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
-        """Accuracy, NLL, ECE and Brier score."""
+        """Accuracy, NLL, ECE in bins of equal width and of equal mass, Brier score and AURC."""
         return classification_metrics(num_outputs, **options)
 
 

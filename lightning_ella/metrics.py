@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics.utilities import dim_zero_cat
 
 
 class _MeanScore(Metric):
@@ -52,8 +53,125 @@ class BrierScore(_MeanScore):
         return (probs - torch.nn.functional.one_hot(targets, probs.shape[1])).square().sum(1)
 
 
+class AdaptiveCalibrationError(Metric):
+    """Mean |confidence − accuracy| of the top label over bins of equally many samples, in [0, 1].
+
+    The bins are those of Nguyen & O'Connor (2015, "adaptive binning"; see also Nixon et al. 2019): samples in the order
+    of their confidence, split as evenly as they can be. As in the ECE, a bin weighs what its samples do. Samples of one
+    confidence share their mean correctness, so that their order does not matter.
+
+    Args:
+        num_bins: at most; with fewer samples each is a bin.
+        **kwargs: of every Metric.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+    confidence: list[Tensor]
+    correct: list[Tensor]
+
+    def __init__(self, num_bins: int = 15, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.num_bins = num_bins
+        self.add_state("confidence", [], dist_reduce_fx="cat")
+        self.add_state("correct", [], dist_reduce_fx="cat")
+
+    def update(self, probs: Tensor, targets: Tensor) -> None:
+        """Add a batch: probabilities (B, C) and class indices (B,)."""
+        confidence, predicted = probs.double().max(1)
+        self.confidence.append(confidence)
+        self.correct.append(predicted == targets)
+
+    def compute(self) -> Tensor:
+        """Σ_bins |Σ_bin confidence − correct| / n."""
+        confidence, correct = _sorted_with_ties_shared(dim_zero_cat(self.confidence), dim_zero_cat(self.correct))
+        bins = (confidence - correct).tensor_split(self.num_bins)
+        return (torch.stack([gaps.sum().abs() for gaps in bins]).sum() / len(correct)).float()
+
+
+class AreaUnderRiskCoverage(Metric):
+    """AURC: the error rate of the k most certain samples, averaged over k = 1 … n, in [0, 1].
+
+    The curve is that of Geifman & El-Yaniv (2017), its area as a figure of Geifman et al. (2019). Samples of one
+    uncertainty may come in any order with equal chance: the value is the expected one.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+    uncertainty: list[Tensor]
+    wrong: list[Tensor]
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.add_state("uncertainty", [], dist_reduce_fx="cat")
+        self.add_state("wrong", [], dist_reduce_fx="cat")
+
+    def update(self, probs: Tensor, targets: Tensor, uncertainty: Tensor | None = None) -> None:
+        """Add a batch: probabilities (B, C), class indices (B,) and what to rank by, (B,); by default 1 − max p."""
+        confidence, predicted = probs.double().max(1)
+        self.uncertainty.append(1 - confidence if uncertainty is None else uncertainty.double())
+        self.wrong.append(predicted != targets)
+
+    def compute(self) -> Tensor:
+        """1/n Σ_k (errors among the k most certain) / k."""
+        _, wrong = _sorted_with_ties_shared(dim_zero_cat(self.uncertainty), dim_zero_cat(self.wrong))
+        counts = torch.arange(1, len(wrong) + 1, device=wrong.device)
+        return (wrong.cumsum(0) / counts).mean().float()
+
+
+class FalsePositiveRate(Metric):
+    """Share of familiar points taken for foreign where `at` of the foreign ones are found ("FPR95"), in [0, 1].
+
+    Foreign is positive, and a higher score is more foreign, as in Hendrycks et al. (2019); Liang et al. (2018) take the
+    familiar as positive, which is another figure. The threshold is the highest at which at least `at` are found; points
+    at or above it are taken for foreign, all that tie with it included. torchmetrics' BinarySpecificityAtSensitivity is
+    one minus this for scores in [0, 1], but squashes every batch that leaves them by a sigmoid, as entropies may.
+
+    Args:
+        at: share of the foreign points to be found, in (0, 1].
+        **kwargs: of every Metric.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+    scores: list[Tensor]
+    is_foreign: list[Tensor]
+
+    def __init__(self, at: float = 0.95, **kwargs: Any):
+        super().__init__(**kwargs)
+        if not 0 < at <= 1:
+            raise ValueError(f"at={at} is not a share of the foreign points: pass a number in (0, 1].")
+        self.at = at
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.add_state("is_foreign", [], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, is_foreign: Tensor) -> None:
+        """Add a batch: scores (B,) and whether each point is foreign, (B,) bool."""
+        self.scores.append(scores.double())
+        self.is_foreign.append(is_foreign.bool())
+
+    def compute(self) -> Tensor:
+        """#(familiar ≥ threshold) / #familiar."""
+        scores, is_foreign = dim_zero_cat(self.scores), dim_zero_cat(self.is_foreign)
+        foreign, familiar = scores[is_foreign].sort(descending=True).values, scores[~is_foreign]
+        if not len(foreign) or not len(familiar):
+            raise ValueError("FalsePositiveRate needs familiar and foreign points, but has seen only one of the two.")
+        found = torch.arange(1, len(foreign) + 1, device=scores.device).double() / len(foreign)
+        return (familiar >= foreign[(found < self.at).sum()]).float().mean()
+
+
+def _sorted_with_ties_shared(keys: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (n,) in ascending order, and with each the mean outcome (float64) of all samples of that key."""
+    values, which, counts = keys.unique(return_inverse=True, return_counts=True)
+    means = torch.zeros_like(values).index_add(0, which, outcomes.to(values)) / counts
+    return values.repeat_interleave(counts), means.repeat_interleave(counts)
+
+
 def classification_metrics(num_classes: int, **options: Any) -> MetricCollection:
-    """Accuracy, NLL, ECE (15 bins, top label) and Brier score of probabilities (B, C) and labels (B,).
+    """Accuracy, NLL, ECE and adaptive ECE (15 bins, top label), Brier score and AURC of probabilities and labels.
 
     Args:
         num_classes: C.
@@ -64,7 +182,9 @@ def classification_metrics(num_classes: int, **options: Any) -> MetricCollection
             "accuracy": MulticlassAccuracy(num_classes, average="micro", **options),
             "nll": NegativeLogLikelihood(**options),
             "ece": MulticlassCalibrationError(num_classes, n_bins=15, norm="l1", **options),
+            "adaptive_ece": AdaptiveCalibrationError(num_bins=15, **options),
             "brier": BrierScore(**options),
+            "aurc": AreaUnderRiskCoverage(**options),
         },
         compute_groups=False,
     )

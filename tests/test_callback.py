@@ -139,7 +139,8 @@ def test_figures_reach_callback_metrics_and_every_logger(tmp_path: Path):
     logger = CSVLogger(tmp_path)
     trainer = make_trainer(tmp_path, ELLACallback(**SMALL), logger=[logger, CSVLogger(tmp_path, "second")])
     trainer.fit(Net(), Data())
-    names = {f"{who}/{what}" for who in ("map", "ella") for what in ("accuracy", "nll", "ece", "brier")}
+    metrics = ("accuracy", "nll", "ece", "adaptive_ece", "brier", "aurc")
+    names = {f"{who}/{what}" for who in ("map", "ella") for what in metrics}
     names |= {"ella/prior_variance", "ella/covariance_scale", "ella/seconds", "ella/eigenvalue_00"}
     assert names <= set(trainer.callback_metrics)
     for each in trainer.loggers:
