@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -27,6 +28,50 @@ def reliability_diagram(probs: dict[str, Tensor], targets: Tensor, num_bins: int
     upper.set(ylabel="accuracy", ylim=(0, 1.02), title="Reliability: on the line is right")
     upper.legend(loc="lower right")
     lower.set(xlabel="confidence (largest probability)", ylabel="share", xlim=(0, 1.02))
+    return figure
+
+
+def calibration_under_shift(errors: dict[str, list[float]], label: str = "ECE") -> "Figure":
+    """A figure of several predictives as the data move away from those of the training.
+
+    Args:
+        errors: name -> a number for each severity, 0 for none first.
+        label: what the number is.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in errors.items():
+        axes.plot(range(len(values)), values, marker="o", markersize=4, label=name)
+    axes.set(xlabel="severity of the corruption (0: none)", ylabel=label, title="Calibration under shift: low is right")
+    axes.set_xticks(range(max(map(len, errors.values()))))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize="small")
+    return figure
+
+
+def risk_coverage(probs: dict[str, Tensor], targets: Tensor) -> "Figure":
+    """Error rate among the most certain predictions, against their share (Geifman and El-Yaniv 2017).
+
+    Args:
+        probs: name -> class probabilities (n, C).
+        targets: class indices (n,).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, predicted in probs.items():
+        confidence, labels = predicted.cpu().max(1)
+        wrong = (labels != targets.cpu())[confidence.argsort(descending=True, stable=True)].double()
+        count = torch.arange(1, len(wrong) + 1)
+        axes.plot(count / len(wrong), wrong.cumsum(0) / count, linewidth=1.2, label=name)
+    axes.set(xlabel="coverage: share of predictions kept", ylabel="error rate among them", xlim=(0, 1))
+    axes.set_title("Risk and coverage: low is right")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize="small")
     return figure
 
 

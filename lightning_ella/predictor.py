@@ -3,8 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -89,12 +88,24 @@ class ELLAPredictor(nn.Module):
         Raises:
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
-        with self._evaluating():
-            gaussian, features = self._logits(inputs, self.draws)
-            prediction = self.likelihood.predict(gaussian, self.settings["predictive"], self.temperature.to(features))
+        logits, features = self.features(inputs)
+        with as_function(self.model):
+            gaussian = Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
+            prediction = self.likelihood.predict(gaussian, self.settings["predictive"], self.temperature.to(logits))
             if features.shape[-1] > self.rank:
                 prediction.novelty = novelty(features, self.rank)
             return prediction
+
+    def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Outputs f(x) (B, C), and features [Ψ, Ψ⊥] (B, C, K + m) along the basis and the m probes.
+
+        Raises:
+            ValueError: if the model's weights are not the ones that the posterior was fitted with.
+        """
+        self._check_weights()
+        with as_function(self.model, self._tangents):
+            self._follow()
+            return self._linearization.features(tree_map(_out_of_inference, inputs), self._tangents)
 
     def sample_functions(self, num_functions: int, seed: int = 0) -> "SampledFunctions":
         """Draw S networks from the posterior, as functions that can be evaluated anywhere.
@@ -173,18 +184,6 @@ class ELLAPredictor(nn.Module):
         settings, origin = described["settings"], described["origin"]
         return cls(model, basis=basis, forward=forward, settings=settings, origin=origin, **parts)
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        self._check_weights()
-        with as_function(self.model, self._tangents):
-            self._follow()
-            yield
-
-    def _logits(self, inputs: Inputs, draws: Tensor) -> tuple[Gaussian, Tensor]:
-        """Their distribution, and the features (B, C, K + m) along basis and probes."""
-        logits, features = self._linearization.features(tree_map(_out_of_inference, inputs), self._tangents)
-        return Gaussian(logits, self.posterior.factor(features), draws.to(features)), features
-
     def _check_weights(self) -> None:
         versions = _versions(self.model)
         if versions != self._verified:  # something wrote to the weights: see whether they changed
@@ -225,9 +224,10 @@ class SampledFunctions:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Logits (S, B, C), divided by the temperature: the softmax of each is what that network would say."""
-        with self.predictor._evaluating():
-            logits, _ = self.predictor._logits(inputs, self.draws)
-            return logits.samples() / self.predictor.temperature.to(logits.mean)
+        logits, features = self.predictor.features(inputs)
+        with as_function(self.predictor.model):
+            gaussian = Gaussian(logits, self.predictor.posterior.factor(features), self.draws.to(features))
+            return gaussian.samples() / self.predictor.temperature.to(logits)
 
     def __getitem__(self, index: int) -> Callable[[Inputs], Tensor]:
         """One of them, a function from inputs to logits (B, C)."""

@@ -15,14 +15,18 @@ from torchvision.transforms import v2
 class Images(LightningDataModule):
     """What every image datamodule of the recipes offers.
 
-    `setup` fills `train`, `clean` (the same images without augmentation), `holdout`, `test` and `foreign`.
+    `setup` fills `train`, `clean` (the same images without augmentation), `holdout`, `test` and `foreign`, sets of
+    images of none of the classes, by name. Pixels in [0, 1] are normalised with `mean` and `std`.
     """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     train: Dataset
     clean: Dataset
     holdout: Dataset
     test: Dataset
-    foreign: Dataset
+    foreign: dict[str, Dataset]
 
     def __init__(self, batch_size: int, num_workers: int = 0):
         super().__init__()
@@ -45,8 +49,17 @@ class Images(LightningDataModule):
         return self._loader(self.test)
 
     def foreign_dataloader(self) -> DataLoader:
-        """Images of none of the classes, for out-of-distribution detection."""
-        return self._loader(self.foreign)
+        """Images of none of the classes, for out-of-distribution detection: the first set."""
+        return self._loader(next(iter(self.foreign.values())))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] to what the network takes."""
+        return v2.functional.normalize(pixels, list(self.mean), list(self.std))
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the network takes, as (B, C, H, W) in [0, 1]."""
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
 
     def _loader(self, dataset: Dataset, shuffle: bool = False) -> DataLoader:
         return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
@@ -58,6 +71,7 @@ class Digits(Images):
     def __init__(self, train: int = 997, holdout: int = 300, batch_size: int = 64, seed: int = 0):
         super().__init__(batch_size)
         self.num_train, self.num_holdout, self.seed = train, holdout, seed
+        self.mean = self.std = (0.5,)
 
     def setup(self, stage: str) -> None:
         """Split into training, held-out and test images."""
@@ -68,8 +82,12 @@ class Digits(Images):
         held, tested, rest = order.split([self.num_holdout, 900, len(order) - self.num_holdout - 900])
         self.train = self.clean = Subset(data, rest[: self.num_train].tolist())
         self.holdout, self.test = Subset(data, held.tolist()), Subset(data, tested.tolist())
-        patches = photo_patches(8).mean(1, keepdim=True) * 2 - 1
-        self.foreign = TensorDataset(patches, torch.zeros(len(patches), dtype=torch.long))
+        shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(self.seed))
+        pixels = {
+            "photographs": photo_patches(8).mean(1, keepdim=True),
+            "shuffled pixels": self.pixels(images[tested]).flatten(2)[..., shuffled].unflatten(2, (8, 8)),
+        }
+        self.foreign = {name: unlabelled(self.normalise(images)) for name, images in pixels.items()}
 
 
 class ImageFolders(Images):
@@ -116,8 +134,9 @@ class ImageFolders(Images):
         self.train, self.clean = Subset(augmented, trained), Subset(clean, trained)
         self.holdout = Subset(clean, held)
         self.test = ImageFolder(self.root / "test", clean.transform)
-        foreign = v2.Normalize(list(self.mean), list(self.std))(enlarged_digits(size))
-        self.foreign = TensorDataset(foreign, torch.zeros(len(foreign), dtype=torch.long))
+        noise = torch.rand(500, 3, size, size, generator=torch.Generator().manual_seed(self.seed))
+        pixels = {"digits": enlarged_digits(size), "photographs": photo_patches(size), "noise": noise}
+        self.foreign = {name: unlabelled(self.normalise(images)) for name, images in pixels.items()}
 
     def _indices(self, total: int) -> tuple[list[int], list[int]]:
         if self.split is not None:
@@ -125,6 +144,11 @@ class ImageFolders(Images):
             return indices["train"].tolist(), indices["heldout"].tolist()
         order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed)).tolist()
         return order[self.num_holdout :], order[: self.num_holdout]
+
+
+def unlabelled(images: Tensor) -> Dataset:
+    """Images with labels that mean nothing."""
+    return TensorDataset(images, torch.zeros(len(images), dtype=torch.long))
 
 
 def photo_patches(size: int, count: int = 500) -> Tensor:

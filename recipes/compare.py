@@ -1,0 +1,327 @@
+"""What the posterior is worth beside what one would use instead, on one network, one split and the same pixels.
+
+python recipes/compare.py                                # digits and a small ResNet, trained first
+python recipes/compare.py experiment=cifar10_resnet20 trainer.max_epochs=0 data.root=<folder> model.checkpoint=<file>
+"""
+
+import json
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from statistics import mean, stdev
+
+import hydra
+import torch
+from benchmark import memory
+from corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from data import Images
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from rivals import RIVALS, NotApplicable, Predict, Task, ensemble
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchmetrics.functional.classification import binary_auroc
+from tqdm import tqdm
+
+from lightning_ella import ELLAPredictor, fit_ella
+from lightning_ella.likelihoods import Classification, Gaussian
+from lightning_ella.metrics import FalsePositiveRate, classification_metrics
+from lightning_ella.plots import calibration_under_shift, reliability_diagram, risk_coverage
+from lightning_ella.posterior import Posterior, calibrate
+
+BATCH = 16  # images that all methods see before the next: rivals share their Jacobians
+OURS = "lightning-ella"
+SHOWN = ("MAP", "temperature scaling", "last layer, full", "ELLA as in the paper", OURS)  # in the plots
+NONE = 1e-12  # a scale that leaves its part of the variance out
+ABLATION: dict[str, dict[str, float | None]] = {  # what is fixed; the rest is tuned
+    "ELLA as in the paper": {"prior_variance": 0.04, "residual_scale": NONE, "temperature": 1.0},
+    "only the span": {"residual_scale": NONE, "temperature": 1.0},
+    "only outside the span": {"covariance_scale": NONE, "temperature": 1.0},
+    "without temperature": {"temperature": 1.0},
+    "without the span": {"covariance_scale": NONE},
+    "without outside the span": {"residual_scale": NONE},
+}
+FIGURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier"}
+FIGURES |= {"aurc": "AURC"}
+
+Sets = dict[str, tuple[Tensor, Tensor]]  # "test", "<corruption>/<severity>", "foreign/<name>" -> images, targets
+Score = Callable[[Tensor], Tensor]  # images -> how foreign they look, (B,)
+
+
+def network(config: DictConfig, data: Images, seed: int) -> LightningModule:
+    """A network as it is in its checkpoint, or trained."""
+    seed_everything(seed, verbose=False)
+    module: LightningModule = instantiate(config.model)
+    if config.trainer.max_epochs:
+        trainer = instantiate(config.trainer, logger=False, enable_checkpointing=False)
+        trainer.fit(module, data)
+    return module.eval()
+
+
+def evaluation_sets(data: Images, config: DictConfig) -> Sets:
+    """Test images as they are and corrupted, and foreign ones."""
+    images, targets = first(data.test, max(config.num_test, config.num_corrupted), config.seed)
+    sets = {"test": (images[: config.num_test], targets[: config.num_test])}
+    pixels, labels = data.pixels(images[: config.num_corrupted]), targets[: config.num_corrupted]
+    for name in CORRUPTIONS:
+        for severity in SEVERITIES:
+            sets[f"{name}/{severity}"] = data.normalise(corrupt(pixels, name, severity)), labels
+    for name, dataset in data.foreign.items():
+        sets[f"foreign/{name}"] = first(dataset, config.num_foreign, config.seed)
+    return sets
+
+
+def first(dataset: Dataset, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Some of the points of a data set, drawn at random."""
+    loader = DataLoader(some(dataset, count, seed), batch_size=256)
+    images, targets = (torch.cat(part) for part in zip(*loader, strict=True))
+    return images, targets
+
+
+def some(dataset: Dataset, count: int, seed: int) -> Dataset:
+    """`count` points of a data set, drawn at random."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    return Subset(dataset, order[:count].tolist())
+
+
+class Own:
+    """This package's predictor, and the same with less: features are computed once for all of them."""
+
+    def __init__(self, predictor: ELLAPredictor, held_out: DataLoader):
+        self.predictor, self.likelihood = predictor, Classification()
+        parts = [(*predictor.features(images), targets) for images, targets in held_out]
+        self.logits, self.features, self.targets = (torch.cat(part) for part in zip(*parts, strict=True))
+        self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def variant(self, given: dict[str, float | None]) -> Predict:
+        """With some scales fixed and the others tuned on the held-out points."""
+        posterior = calibrate(
+            *(self.logits, self.features, self.targets, self.predictor.curvature, self.likelihood),
+            predictive="mc",
+            draws=self.predictor.draws,
+            given=given,
+        )
+        return lambda images: self.probabilities(posterior, images)
+
+    def probabilities(self, posterior: Posterior, images: Tensor) -> Tensor:
+        logits, features = self._look(images)
+        gaussian = Gaussian(logits, posterior.factor(features), self.predictor.draws)
+        return self.likelihood.predict(gaussian, "mc", posterior.temperature.to(logits)).probs
+
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self._last is None or self._last[0] is not images:
+            self._last = images, self.predictor.features(images)
+        return self._last[1]
+
+
+def fit_all(config: DictConfig, module: LightningModule, data: Images, seed: int) -> tuple[dict, dict, Score]:
+    """Every method's predictions, and what its fit took; and this package's score of foreign images."""
+    points = some(data.holdout, config.num_calibration, seed)
+    held_out = DataLoader(points, batch_size=64)
+    task = Task(deepcopy(module), data.ella_train_dataloader(), held_out, seed, config.num_train)
+    predictions, costs = {}, {}
+    for name in config.rivals or RIVALS:
+        try:
+            predictions[name], costs[name] = measured(lambda name=name: RIVALS[name](task))
+        except NotApplicable as error:
+            print(f"{name}: {error}")
+    if config.ensemble and config.trainer.max_epochs:
+        train = lambda: [network(config, data, seed + 1 + i) for i in range(config.ensemble - 1)]  # noqa: E731
+        others, costs["deep ensemble"] = measured(train)
+        predictions["deep ensemble"] = ensemble([module, *others])
+    settings = {**config.ella, "seed": seed, "num_calibration": None}
+    del settings["_target_"]
+    known = {n: v for n, v in settings.items() if n not in ("weights", "resume", "on_error", "path")}
+    fit = lambda: fit_ella(deepcopy(module), task.train, held_out, **known)  # noqa: E731
+    predictor, costs[OURS] = measured(fit)
+    predictions[OURS] = lambda images: predictor(images).probs
+    own = Own(predictor, held_out)
+    predictions |= {name: own.variant(given) for name, given in ABLATION.items()}
+    return predictions, costs, lambda images: predictor(images).novelty
+
+
+def measured(fit: Callable) -> tuple:
+    """What a fit gives, and its seconds and additional memory in bytes (by the kernel's account)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+    before, started = memory("VmRSS"), time.perf_counter()
+    found = fit()
+    return found, {"seconds": time.perf_counter() - started, "memory": memory("VmHWM") - before}
+
+
+def times(predictions: dict[str, Predict], model: torch.nn.Module, images: Tensor) -> dict[str, float]:
+    """Median time of a prediction in units of the forward pass F of the same batch."""
+    jobs: dict[str, Predict] = {"F": torch.no_grad()(model.__call__), **predictions}
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(3):
+        for name, job in jobs.items():
+            batch = images.clone()  # another tensor, so that nobody finds its features done
+            started = time.perf_counter()
+            job(batch)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: sorted(taken)[1] / sorted(seconds["F"])[1] for name, taken in seconds.items() if name != "F"}
+
+
+def predict_all(predictions: dict[str, Predict], score: Score, sets: Sets) -> tuple[dict, dict]:
+    """Probabilities, method -> set -> (n, C), and this package's score of foreign images, set -> (n,)."""
+    probs: dict[str, dict[str, Tensor]] = {name: {} for name in predictions}
+    scores: dict[str, Tensor] = {}
+    for key, (images, _) in tqdm(sets.items(), desc="sets of images"):
+        parts: dict[str, list[Tensor]] = {name: [] for name in predictions}
+        for batch in images.split(BATCH):
+            for name, predict in predictions.items():
+                parts[name].append(predict(batch))
+        for name, found in parts.items():
+            probs[name][key] = torch.cat(found)
+        if key == "test" or key.startswith("foreign"):
+            scores[key] = torch.cat([score(batch) for batch in images.split(64)])
+    return probs, scores
+
+
+def classification_figures(probs: dict[str, Tensor], sets: Sets, keys: list[str]) -> dict[str, float]:
+    """Figures of one method, the mean over sets."""
+    found: dict[str, list[float]] = {}
+    for key in keys:
+        metrics = classification_metrics(probs[key].shape[1], sync_on_compute=False)
+        metrics.update(probs[key], sets[key][1])
+        for name, value in metrics.compute().items():
+            found.setdefault(name, []).append(float(value))
+    return {name: mean(values) for name, values in found.items()}
+
+
+def detection(scores: dict[str, Tensor]) -> dict[str, float]:
+    """AUROC and FPR95 of each foreign set against the test images, from a score for each image."""
+    found = {}
+    for key in (key for key in scores if key.startswith("foreign")):
+        both = torch.cat([scores["test"], scores[key]])
+        is_foreign = torch.arange(len(both)) >= len(scores["test"])
+        false_positives = FalsePositiveRate()
+        false_positives.update(both, is_foreign)
+        name = key.removeprefix("foreign/")
+        # in [0, 1] by rank: torchmetrics would squash scores that leave it
+        ranks = both.unique(return_inverse=True)[1] / len(both)
+        found |= {
+            f"AUROC {name}": float(binary_auroc(ranks, is_foreign.long())),
+            f"FPR95 {name}": float(false_positives.compute()),
+        }
+    return found
+
+
+def bootstrap(probs: dict[str, dict[str, Tensor]], sets: Sets, keys: list[str], count: int) -> dict[str, list[float]]:
+    """95 % interval of each method's NLL over ours, minus one: paired, resampled over images."""
+    targets = sets[keys[0]][1].unsqueeze(1)
+    losses = {
+        name: torch.stack([-found[key].double().gather(1, targets).clamp_min(1e-38).log() for key in keys]).mean(0)
+        for name, found in probs.items()
+    }  # (n, 1): the mean over the corruptions of each image
+    drawn = torch.randint(len(targets), (count, len(targets)), generator=torch.Generator().manual_seed(0))
+    resampled = {name: loss.squeeze(1)[drawn].mean(1) for name, loss in losses.items()}
+    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {name: (means / resampled[OURS] - 1).quantile(quantiles).tolist() for name, means in resampled.items()}
+
+
+def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets, seed: int) -> tuple[dict, dict]:
+    """All figures of one seed, method -> group -> name -> value, and the probabilities."""
+    predictions, costs, score = fit_all(config, module, data, seed)
+    probs, scores = predict_all(predictions, score, sets)
+    corrupted = [key for key in sets if key != "test" and not key.startswith("foreign")]
+    taken = times(predictions, module, sets["test"][0][:64])
+    intervals = {"test": bootstrap(probs, sets, ["test"], config.num_bootstraps)}
+    intervals["corrupted"] = bootstrap(probs, sets, corrupted, config.num_bootstraps)
+    rows: dict[str, dict] = {}
+    for name, found in probs.items():
+        entropies = {key: torch.special.entr(values).sum(1) for key, values in found.items()}
+        rows[name] = {
+            "test": classification_figures(found, sets, ["test"]),
+            "corrupted": classification_figures(found, sets, corrupted),
+            "foreign": detection(entropies),
+            "cost": {"F": taken[name], **costs.get(name, {})},
+            "NLL over ours": {key: by_method[name] for key, by_method in intervals.items()},
+            "ECE by severity": [
+                classification_figures(found, sets, keys)["ece"]
+                for keys in (["test"], *([k for k in corrupted if k.endswith(str(s))] for s in SEVERITIES))
+            ],
+        }
+    rows[f"{OURS}, by novelty"] = {"foreign": detection(scores)}
+    return rows, probs
+
+
+def show(runs: list[dict], console: Console, config: DictConfig) -> None:
+    """Print a table for each group of figures: the mean over seeds, and the spread if there are several."""
+    titles = {
+        "test": f"{config.num_test:,} test images",
+        "corrupted": f"{config.num_corrupted} test images under {len(CORRUPTIONS)} corruptions of 5 severities",
+        "foreign": "Foreign images, told by the entropy of the probabilities",
+        "cost": "Fit (s), memory of the fit (bytes), prediction (F)",
+    }
+    for group, title in titles.items():
+        names: dict[str, None] = {name: None for row in runs[0].values() for name in row.get(group, {})}
+        interval = ["NLL over ours"] if group in ("test", "corrupted") else []
+        table = Table("", *(FIGURES.get(name) or name for name in names), *interval, title=title)
+        for method, row in runs[0].items():
+            if group not in row:
+                continue
+            cells = [cell([run[method][group][n] for run in runs]) if n in row[group] else "" for n in names]
+            if interval:
+                low, high = row["NLL over ours"][group]
+                cells.append("" if method == OURS else f"{low:+.1%} … {high:+.1%}")
+            table.add_row(method, *cells)
+        console.print(table)
+
+
+def cell(values: list[float]) -> str:
+    """The mean over seeds, and the standard deviation if there are several."""
+    digits = "{:.4f}" if abs(values[0]) < 10 else "{:,.0f}"
+    spread = f" ±{digits.format(stdev(values))}" if len(values) > 1 else ""
+    return digits.format(mean(values)) + spread
+
+
+def plots(rows: dict, probs: dict[str, dict[str, Tensor]], sets: Sets) -> dict[str, Figure]:
+    """Reliability, calibration under shift, risk and coverage."""
+    shown = {name: probs[name]["test"] for name in SHOWN if name in probs}
+    return {
+        "reliability": reliability_diagram(shown, sets["test"][1]),
+        "shift": calibration_under_shift({name: rows[name]["ECE by severity"] for name in shown}),
+        "risk_coverage": risk_coverage(shown, sets["test"][1]),
+    }
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="compare")
+def main(config: DictConfig) -> None:
+    """Fit, compare, print; write compare.json and three pictures, and log them to W&B."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    data: Images = instantiate(config.data)
+    data.setup("fit")
+    module = network(config, data, config.seed)
+    sets = evaluation_sets(data, config)
+    runs, probs = [], {}
+    for seed in config.seeds:
+        rows, probs = study(config, module, data, sets, seed)
+        runs.append(rows)
+    show(runs, Console(width=140), config)
+    (folder / "compare.json").write_text(json.dumps(dict(zip(map(str, config.seeds), runs, strict=True)), indent=2))
+    for name, figure in plots(runs[-1], probs, sets).items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    logger = instantiate(config.logger) if config.logger else None
+    if isinstance(logger, WandbLogger):
+        for name in ("reliability", "shift", "risk_coverage"):
+            logger.log_image(f"compare/{name}", [str(folder / f"{name}.png")])
+        logger.log_metrics(
+            {
+                f"compare/{m}/{g}/{n}": v
+                for m, row in runs[-1].items()
+                for g in ("test", "corrupted", "foreign")
+                for n, v in row.get(g, {}).items()
+            }
+        )
+    print(f"Figures and compare.json are in {folder}")
+
+
+if __name__ == "__main__":
+    main()
