@@ -35,7 +35,7 @@ Predict = Callable[[Tensor], Tensor]  # inputs (B, …) -> probabilities (B, C)
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]  # inputs (B, …) -> Jacobians (B, C, P), logits (B, C)
 Covariance = Callable[[Tensor, float], Tensor]  # Jacobians (B, C, P), prior precision -> (B, C, C)
 
-GRID = torch.logspace(-2, 6, 17).tolist()  # prior precisions; the last is close to no uncertainty
+GRID = torch.logspace(-6, 6, 25).tolist()  # prior precisions; the last is close to no uncertainty
 BATCH = 16  # inputs whose Jacobians over all layers are held at a time
 DRAWS, PASSES = 512, 20  # of Monte Carlo, of dropout
 SUBNETWORK = 500  # parameters
@@ -280,13 +280,20 @@ def valla(task: Task) -> Predict:
     options = {"functional_approximation": "variational", "inducing_locations": "random", "num_inducing": INDUCING}
     fit = {"iterations": ITERATIONS, "lr": LEARNING_RATE}
     posterior = fitted(task, loader, "all", "gp", seed=task.seed, backend=PerSample, fit=fit, **options)
-    inducing = posterior._inducing_jacobians().detach()
+    with torch.no_grad():
+        weighted = posterior._factor_matrix().T @ posterior._inducing_jacobians()  # (M, P)
+        gram = (weighted @ weighted.T).double()
 
-    def covariance(found: Tensor, precision: float) -> Tensor:
-        posterior.prior_precision = precision
-        return posterior._posterior_covariance(found, inducing, joint=False)
+    def look(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        found, logits = task.jacobians(inputs)
+        return found @ torch.cat([weighted.expand(len(found), -1, -1), found], 1).mT, logits  # (B, C, M + C)
 
-    return tuned(task, task.jacobians, covariance)
+    def covariance(products: Tensor, precision: float) -> Tensor:
+        with_inducing, own = products.double().split([len(gram), products.shape[1]], 2)
+        inner = gram + precision * torch.eye(len(gram))
+        return ((own - with_inducing @ torch.linalg.solve(inner, with_inducing.mT)) / precision).to(products.dtype)
+
+    return tuned(task, look, covariance)
 
 
 def ensemble(models: list[nn.Module]) -> Predict:

@@ -68,11 +68,12 @@ def test_temperature_scaling_finds_the_factor_that_logits_were_multiplied_by():
     torch.testing.assert_close(predict(logits * 3), logits.softmax(1), rtol=0, atol=0.02)
 
 
-def test_the_rotated_jacobians_give_the_functional_variance_of_kfac(task: Task, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["all layers, KFAC", "VaLLA"])
+def test_a_cheaper_form_of_the_functional_variance_is_the_same(name: str, task: Task, monkeypatch: pytest.MonkeyPatch):
     posteriors, fitted = [], rivals.fitted
     monkeypatch.setattr(rivals, "fitted", lambda *a, **o: posteriors.append(fitted(*a, **o)) or posteriors[0])
     monkeypatch.setattr(rivals, "tuned", lambda task, look, covariance: (look, covariance))
-    look, covariance = RIVALS["all layers, KFAC"](task)
+    look, covariance = RIVALS[name](task)
     (posterior,), inputs = posteriors, torch.randn(4, 3, 8, 8)
     posterior.prior_precision = 0.3
     expected = posterior.functional_variance(rivals.jacobians(posterior.model, inputs)[0])
