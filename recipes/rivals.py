@@ -10,7 +10,7 @@ left out: it needs a fork of ASDL that PyPI does not have; a subnetwork with den
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
@@ -35,7 +35,8 @@ Predict = Callable[[Tensor], Tensor]  # inputs (B, …) -> probabilities (B, C)
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]  # inputs (B, …) -> Jacobians (B, C, P), logits (B, C)
 Covariance = Callable[[Tensor, float], Tensor]  # Jacobians (B, C, P), prior precision -> (B, C, C)
 
-GRID = torch.logspace(-6, 6, 25).tolist()  # prior precisions; the last is close to no uncertainty
+GRID = torch.logspace(-2, 6, 17).tolist()  # prior precisions; the last is close to no uncertainty
+WIDE = torch.logspace(-5, 6, 23).tolist()  # for kernels of low rank, which can do with little
 BATCH = 16  # inputs whose Jacobians over all layers are held at a time
 DRAWS, PASSES = 512, 20  # of Monte Carlo, of dropout
 SUBNETWORK = 500  # parameters
@@ -136,13 +137,13 @@ def monte_carlo(logits: Tensor, covariance: Tensor, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def tuned(task: Task, look: Look, covariance: Covariance, size: int = BATCH) -> Predict:
+def tuned(task: Task, look: Look, covariance: Covariance, size: int = BATCH, grid: Sequence[float] = GRID) -> Predict:
     """Linearized predictions with the prior precision and the link that suit the held-out points best."""
     losses: dict[tuple[float, Callable], NegativeLogLikelihood] = defaultdict(NegativeLogLikelihood)
     smaller = (zip(*(part.split(size) for part in batch), strict=True) for batch in task.held_out)
     for inputs, targets in chain.from_iterable(smaller):
         found, logits = look(inputs)
-        for precision in GRID:
+        for precision in grid:
             spread = covariance(found, precision)
             for link in (probit, monte_carlo):
                 losses[precision, link].update(link(logits, spread, task.seed), targets)
@@ -270,7 +271,7 @@ def nystrom(task: Task) -> Predict:
     landmarks = min(LANDMARKS, len(task.part.dataset))  # type: ignore[arg-type]
     options = {"functional_approximation": "nystrom", "subsample_size": landmarks, "n_eigenvalues": RANK}
     posterior = fitted(task, task.part, "all", "gp", seed=task.seed, backend=PerSample, **options)
-    return tuned(task, task.jacobians, variance(posterior))
+    return tuned(task, task.jacobians, variance(posterior), grid=WIDE)
 
 
 def valla(task: Task) -> Predict:
