@@ -332,16 +332,7 @@ class ELLACallback(Callback):
                 logger.log_metrics(figures, step=trainer.global_step)
             except Exception as error:
                 errors.append(error)
-        log.info(
-            "ELLA: prior variance %.3g, covariance scale %.3g, %.0f s.%s",
-            figures["ella/prior_variance"],
-            figures["ella/covariance_scale"],
-            figures["ella/seconds"],
-            f" On {fit.num_calibration} calibration points NLL {figures['map/nll']:.4f} -> {figures['ella/nll']:.4f}, "
-            f"ECE {figures['map/ece']:.4f} -> {figures['ella/ece']:.4f}."
-            if fit.num_calibration
-            else "",
-        )
+        log.info("ELLA: done in %.0f s.", figures["ella/seconds"])
         if errors:
             raise errors[0]
 

@@ -358,9 +358,9 @@ def _calibrated(
 def _say(posterior: Posterior, figures: dict[str, float], count: int, chosen: list[str]) -> None:
     """Log what was chosen, and warn of points that cannot tell."""
     log.info(
-        "ELLA: %s, chosen on %d unseen points: NLL %.4f -> %.4f.",
+        "ELLA: %s, chosen on %d unseen points: NLL %.4f -> %.4f, ECE %.4f -> %.4f.",
         *(", ".join(f"{name} {float(getattr(posterior, name)):.3g}" for name in chosen) or "no scale", count),
-        *(figures["map/nll"], figures["ella/nll"]),
+        *(figures[f"{who}/{what}"] for what in ("nll", "ece") for who in ("map", "ella")),
     )
     if posterior.temperature < CERTAIN or figures["ella/nll"] > figures["map/nll"] - 1e-4:
         log.warning(

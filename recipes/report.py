@@ -26,6 +26,7 @@ COLUMNS = {
     "brier": "Brier",
     "auroc_total": "AUROC total",
     "auroc_epistemic": "AUROC epistemic",
+    "auroc_novelty": "AUROC novelty",
 }
 
 
@@ -65,6 +66,7 @@ def predict(predictor: ELLAPredictor, loader: DataLoader, description: str) -> d
                 "epistemic": prediction.mutual_information,
                 "targets": targets,
             }
+            | ({} if prediction.novelty is None else {"novelty": prediction.novelty})
         )
     return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
@@ -83,6 +85,7 @@ def figures(name: str, seen: dict[str, Tensor], foreign: dict[str, Tensor]) -> d
         **{metric: float(value) for metric, value in metrics.compute().items()},
         "auroc_total": auroc("MAP total" if name == "MAP" else "total"),
         "auroc_epistemic": None if name == "MAP" else auroc("epistemic"),
+        "auroc_novelty": auroc("novelty") if name == "ELLA" and "novelty" in seen else None,
     }
 
 

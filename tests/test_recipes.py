@@ -50,7 +50,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 def test_the_digits_experiment_ends_with_table_report_figures_and_wandb(tmp_path: Path):
     report, printed = train(tmp_path, "trainer.max_epochs=1", *QUICK)
-    for column in ("accuracy", "NLL", "ECE", "Brier", "AUROC total", "AUROC epistemic", "MAP", "ELLA"):
+    for column in ("accuracy", "NLL", "ECE", "Brier", "AUROC total", "AUROC epistemic", "AUROC novelty", "MAP", "ELLA"):
         assert column in printed
     assert set(report["test"]) == {"MAP", "ELLA"}
     assert 0 < report["test"]["ELLA"]["auroc_epistemic"] < 1
@@ -83,6 +83,24 @@ def test_the_cifar_experiment_takes_any_image_folder_a_split_and_a_checkpoint(tm
     assert report["fit"]["ella/accuracy"] == pytest.approx(report["fit"]["map/accuracy"], abs=0.2)
     report, _ = train(tmp_path, *common, "trainer.fast_dev_run=true", "ella=paper")
     assert report["fit"]["ella/prior_variance"] == pytest.approx(0.04)
+
+
+def test_the_study_compares_rivals_and_ablations_and_writes_what_it_found(tmp_path: Path):
+    network = ["experiment=digits_vit", "trainer.max_epochs=1", "data.train=60", "data.holdout=300", "logger=wandb"]
+    sizes = ["num_calibration=40", "num_test=30", "num_corrupted=4", "num_foreign=10", "num_bootstraps=20"]
+    sizes += ["ensemble=2", "seeds=[0,1]", "rivals=[MAP,temperature scaling,MC dropout]"]
+    printed = run("compare.py", tmp_path, *network, *sizes, *QUICK)
+    rows = json.loads((tmp_path / "run" / "compare.json").read_text())["1"]
+    assert {"MAP", "temperature scaling", "MC dropout", "deep ensemble", "lightning-ella"} < set(rows)
+    assert rows["ELLA as in the paper"]["corrupted"]["nll"] > 0
+    assert set(rows["lightning-ella, by novelty"]["foreign"]) == set(rows["MAP"]["foreign"])
+    assert rows["lightning-ella"]["NLL over ours"]["test"] == [0, 0]
+    for words in ("AURC", "FPR95 photographs", "±"):
+        assert words in printed
+    for name in ("reliability", "shift", "risk_coverage"):
+        assert (tmp_path / "run" / f"{name}.png").stat().st_size > 10_000
+    (stored,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
+    assert b"compare/MC dropout/corrupted/nll" in stored.read_bytes()
 
 
 def test_the_shortcuts_are_compared_on_any_image_folder(tmp_path: Path, image_folder: Path):
