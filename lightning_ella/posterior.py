@@ -79,7 +79,7 @@ def calibrate(
     """
     world = world or World()
     count = int(world.sum(torch.tensor(len(logits))))
-    draws = draws[: max(16, TUNING_BUDGET // (count * logits.shape[1]))]
+    draws = draws[: max(16, TUNING_BUDGET // (count * logits.shape[1]))].double()
     start = _start(features, curvature, given, count, world)
     free = [name for name in SCALES if given.get(name) is None and getattr(start, name) > 0]
     parts = slices(len(logits), max(1, TUNING_BUDGET // (logits.shape[1] * max(draws.shape))))
@@ -91,9 +91,9 @@ def calibrate(
 
     def losses(steps: Tensor, part: slice) -> Tensor:
         chosen = posterior(steps)
-        gaussian = Gaussian(logits[part], chosen.factor(features[part]), draws)
-        prediction = likelihood.predict(gaussian, predictive, chosen.temperature.to(logits))
-        return likelihood.nll(prediction, targets[part]).double()
+        # In float64: where the loss is flat, the rounding of float32 would decide where the search ends.
+        gaussian = Gaussian(logits[part].double(), chosen.factor(features[part].double()), draws)
+        return likelihood.nll(likelihood.predict(gaussian, predictive, chosen.temperature), targets[part])
 
     def loss_and_gradient(steps: Tensor) -> tuple[Tensor, Tensor]:
         steps = steps.detach().requires_grad_()
