@@ -179,7 +179,7 @@ class Linearization:
         if rank not in self._engines:
             # A tangent and a cotangent cost about the same: two to three forward passes.
             name = self.choice if self.choice != "auto" else "layerwise" if outputs <= rank else "forward"
-            reason, engine = f"C = {outputs} outputs, K = {rank} directions", self.layerwise
+            reason, engine = f"C = {outputs} outputs, {rank} directions", self.layerwise
             for dtype in dict.fromkeys((self._dtype, None)) if name == "forward" else ():
                 forward = ForwardMode(self.network, min(rank, self.tangents_per_chunk or TANGENTS), dtype)
                 if (trouble := self._trouble(forward, inputs, basis)) is None:

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -161,17 +161,14 @@ def run(
         rank = len(eigenvalues)
         hessian, outside = hessian[:rank, :rank], hessian.diagonal()[rank:].sum()
         with world.together("the probes"):
-            count = 0 if held_out is None and settings.residual_scale is None else example.shape[1]
-            residual = num_probes(settings.residual, len(hessian), count) if count else 0
-            settings = replace(settings, residual=residual)
-            with_probes(basis, residual, settings.seed)
+            probes = _num_probes(settings, rank, example.shape[1], alone=held_out is None)
+            with_probes(basis, probes, settings.seed)
         if held_out is None:
-            if by_evidence:
-                dimensions = min(linearization.network.num_parameters, len(train) * (example.shape[1] - 1)) - rank
-                weights_squared = sum(value.double().square().sum() for value in linearization.parameters.values())
-                prior = prior_by_evidence(hessian, outside, dimensions, float(weights_squared))
-                settings = replace(settings, prior_variance=prior)
-            posterior, figures, count = _given(hessian, settings, by_evidence), {}, 0
+            spread_over = min(linearization.network.num_parameters, len(train) * (example.shape[1] - 1)) - rank
+            prior = settings.prior_variance or prior_by_evidence(
+                hessian, outside, spread_over, linearization.parameters.values()
+            )
+            posterior, figures, count = _given(hessian, settings, prior), {}, 0
         else:
             count = min(len(held_out), settings.num_calibration or len(held_out))
             with world.together("the calibration points"):
@@ -186,7 +183,7 @@ def run(
                 curvature=hessian,
                 **{name: getattr(posterior, name) for name in SCALES},
                 forward=forward,
-                settings=asdict(settings),
+                settings=asdict(settings) | {"residual": probes},
                 origin=origin,
             )
     figures |= {
@@ -372,12 +369,22 @@ def _say(posterior: Posterior, figures: dict[str, float], count: int, chosen: li
         log.warning("ELLA: %d calibration points are few, so the scales are rough: hold out %d or more.", *(count, FEW))
 
 
-def _given(hessian: Tensor, settings: Settings, by_evidence: bool) -> Posterior:
-    scales = {name: getattr(settings, name) or 1.0 for name in SCALES}
+def _num_probes(settings: Settings, rank: int, num_outputs: int, alone: bool) -> int:
+    """m; without unseen points there is no telling their scale, so none unless it is given."""
+    if alone and settings.residual_scale is None:
+        return 0
+    probes = num_probes(settings.residual, rank, num_outputs)
+    log.info("ELLA: %d directions, and %d random probes of the variance outside their span.", rank, probes)
+    return probes
+
+
+def _given(hessian: Tensor, settings: Settings, prior: float) -> Posterior:
+    """The posterior without unseen points to choose its scales on."""
+    scales = {name: getattr(settings, name) or 1.0 for name in SCALES} | {"prior_variance": prior}
     log.warning(
         "ELLA: no validation data, so %s: %s. Uncertainty is "
         "calibrated only if these are; pass calibration_loader= or a val_dataloader of data never trained on.",
-        "the prior is the one with the highest marginal likelihood" if by_evidence else "nothing is tuned",
+        "nothing is tuned" if settings.prior_variance else "the prior is the one with the highest marginal likelihood",
         ", ".join(f"{name}={value:g}" for name, value in scales.items()),
     )
     return Posterior(hessian, **{name: torch.tensor(value).to(hessian) for name, value in scales.items()})

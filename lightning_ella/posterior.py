@@ -1,6 +1,6 @@
 """The Gaussian over the coordinates of the basis and of the probes, and the choice of its scales on unseen points."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -123,7 +123,7 @@ def calibrate(
     return posterior((best * STEPS).round() / STEPS)
 
 
-def prior_by_evidence(curvature: Tensor, outside: Tensor, dimensions: int, weights_squared: float) -> float:
+def prior_by_evidence(curvature: Tensor, outside: Tensor, dimensions: int, weights: Iterable[Tensor]) -> float:
     """σ₀² with the highest marginal likelihood, for want of unseen points (MacKay 1992).
 
     Laplace's log p(D) is, but for what does not depend on σ₀², −½ ‖θ‖² / σ₀² − ½ log det(I + σ₀² GGN). Of the GGN the
@@ -133,8 +133,9 @@ def prior_by_evidence(curvature: Tensor, outside: Tensor, dimensions: int, weigh
         curvature: H, (K, K).
         outside: the trace of the GGN outside the span, ().
         dimensions: how many it is spread over.
-        weights_squared: ‖θ‖².
+        weights: θ, the parameters taken into account.
     """
+    weights_squared = sum(float(part.double().square().sum()) for part in weights)
     variances = torch.logspace(-8, 4, 1201, dtype=torch.float64, device=curvature.device).unsqueeze(1)
     inside = (variances * torch.linalg.eigvalsh(curvature).clamp_min(0)).log1p().sum(1, keepdim=True)
     rest = dimensions * (variances * outside / max(1, dimensions)).log1p()

@@ -260,8 +260,8 @@ def test_the_cheaper_engine_is_chosen_and_said(caplog: pytest.LogCaptureFixture)
         for rank in (2, 3):
             basis = {name: torch.randn(rank, *p.shape).double() for name, p in linearization.parameters.items()}
             linearization.features(case.inputs, basis)
-    assert "features by forward mode (C = 3 outputs, K = 2 directions)" in caplog.text
-    assert "features by layerwise reverse mode (C = 3 outputs, K = 3 directions)" in caplog.text
+    assert "features by forward mode (C = 3 outputs, 2 directions)" in caplog.text
+    assert "features by layerwise reverse mode (C = 3 outputs, 3 directions)" in caplog.text
 
 
 @pytest.mark.parametrize("outputs", [3, 30])

@@ -258,3 +258,34 @@ def test_bad_input_is_refused_and_costs_nothing(change, setting: dict, message: 
         fit_ella(case.model, case.loader(), **{"num_landmarks": 60, "rank": 4, **GIVEN, **setting})
     assert case.model.training
     torch.testing.assert_close(case.model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_calibration_data_or_a_prior_the_evidence_chooses_it(caplog: pytest.LogCaptureFixture):
+    case = make_case("mlp")
+    with caplog.at_level(logging.WARNING, "lightning_ella"):
+        predictor = fit_ella(case.model, case.loader(), num_landmarks=60, rank=20, num_curvature=None)
+    assert "the prior is the one with the highest marginal likelihood" in caplog.text
+    ggn, size = case.ggn(case.jacobian()), sum(float(p.detach().square().sum()) for p in case.model.parameters())
+    variances = torch.logspace(-8, 4, 1201).double()
+    exact = torch.stack([size / v + torch.logdet(torch.eye(len(ggn)).double() + v * ggn) for v in variances])
+    assert float(predictor.prior_variance) == pytest.approx(float(variances[exact.argmin()]), rel=0.2)
+    assert predictor(case.inputs).novelty is None
+
+
+def test_the_log_says_what_was_tuned_and_on_what(caplog: pytest.LogCaptureFixture):
+    case = make_case("mlp")
+    with caplog.at_level(logging.INFO, "lightning_ella"):
+        fit_ella(case.model, case.loader(), case.loader(), num_landmarks=30, rank=4, temperature=1.5)
+    (line,) = (record.getMessage() for record in caplog.records if "chosen on 60 unseen points: NLL" in record.message)
+    assert "residual_scale" in line
+    assert "temperature" not in line
+    assert "60 calibration points are few" in caplog.text
+
+
+def test_points_that_the_network_was_trained_on_are_noticed(caplog: pytest.LogCaptureFixture):
+    case = make_case("mlp")
+    with torch.no_grad():
+        case.targets = case.logits().argmax(1)  # a network that is right on all of them, and not sure enough
+        with caplog.at_level(logging.WARNING, "lightning_ella"):
+            fit_ella(case.model, case.loader(), case.loader(), num_landmarks=30, rank=4)
+    assert "the calibration points ask for no uncertainty (accuracy 100.0 %)" in caplog.text

@@ -50,9 +50,9 @@ def test_largest_halves_the_interval():
 def test_the_evidence_is_that_of_the_dense_determinant():
     torch.manual_seed(0)
     half = torch.randn(6, 6).double()
-    ggn, weights = torch.block_diag(half @ half.T, 0.3 * torch.eye(40).double()), 2.5
+    ggn, weights = torch.block_diag(half @ half.T, 0.3 * torch.eye(40).double()), [torch.ones(2), torch.full((2,), 0.5)]
     variances = torch.logspace(-8, 4, 1201).double()
-    dense = [weights / v + torch.logdet(torch.eye(46).double() + v * ggn) for v in variances]
+    dense = [2.5 / v + torch.logdet(torch.eye(46).double() + v * ggn) for v in variances]
     found = prior_by_evidence(half @ half.T, torch.tensor(0.3 * 40).double(), 40, weights)
     assert abs(found / float(variances[torch.stack(dense).argmin()]) - 1) < 1e-6
 
