@@ -115,8 +115,8 @@ def run(
             train, held_out = _points(train_loader, calibration_loader, unpack)
             example = _check(linearization, train, held_out, settings)
             weights = json.dumps(fingerprint(model)) if world.size > 1 or stages.path else ""
-            data = (train, held_out is None)
-            stages.open(_identity(weights, linearization, *data, settings) if stages.path else "")
+            by_evidence = held_out is None and settings.prior_variance is None
+            stages.open(_identity(weights, linearization, train, by_evidence, settings) if stages.path else "")
         world.check_same(weights, "weights: load the same checkpoint on all of them")
         for points in (train, held_out):
             digest = "" if points is None else points.digest()
@@ -137,11 +137,11 @@ def run(
             basis, eigenvalues = _basis(linearization, chosen, partial(visit, train), settings, world)
             return {"eigenvalues": eigenvalues} | {f"basis.{name}": tangents for name, tangents in basis.items()}
 
-        by_evidence = held_out is None and settings.prior_variance is None
+        reverse = settings.engine == "layerwise" or (settings.engine == "auto" and example.shape[1] <= settings.rank)
 
         def make_curvature() -> dict[str, Tensor]:
             numbers = draw(settings.num_curvature, len(train), generator)
-            probes = num_probes("auto", settings.rank, example.shape[1]) if by_evidence else 0
+            probes = num_probes("auto", settings.rank, reverse=reverse) if by_evidence else 0
             hessian = curvature(
                 linearization,
                 visit(train, numbers, "curvature"),
@@ -161,7 +161,10 @@ def run(
         rank = len(eigenvalues)
         hessian, outside = hessian[:rank, :rank], hessian.diagonal()[rank:].sum()
         with world.together("the probes"):
-            probes = _num_probes(settings, rank, example.shape[1], alone=held_out is None)
+            # Without unseen points there is no telling the scale of the residual: none, unless it is given.
+            alone = held_out is None and settings.residual_scale is None
+            probes = 0 if alone else num_probes(settings.residual, rank, reverse=reverse)
+            log.info("ELLA: %d directions, and %d random probes of the variance outside their span.", rank, probes)
             with_probes(basis, probes, settings.seed)
         if held_out is None:
             spread_over = min(linearization.network.num_parameters, len(train) * (example.shape[1] - 1)) - rank
@@ -216,7 +219,7 @@ def _share_of_memory(model: nn.Module, world: World) -> int:
     return world.smallest(free_memory(device) // (4 * sharing))
 
 
-def _identity(weights: str, linearization: Linearization, train: Points, alone: bool, settings: Settings) -> str:
+def _identity(weights: str, linearization: Linearization, train: Points, by_evidence: bool, settings: Settings) -> str:
     """What the stages of a fit depend on: weights, parameters taken into account, settings and data."""
     chosen = asdict(settings)
     for later in ("num_calibration", "residual", "predictive", "num_samples", *SCALES):
@@ -227,7 +230,7 @@ def _identity(weights: str, linearization: Linearization, train: Points, alone: 
             for leaf in tree_leaves(batch):
                 seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
     names = sorted(linearization.parameters)
-    return json.dumps([weights, names, chosen, train.digest(), alone, seen.hexdigest()])
+    return json.dumps([weights, names, chosen, train.digest(), by_evidence, seen.hexdigest()])
 
 
 def _points(train: DataLoader, held_out: DataLoader | None, unpack: Unpack) -> tuple[Points, Points | None]:
@@ -369,15 +372,6 @@ def _say(posterior: Posterior, figures: dict[str, float], count: int, chosen: li
         log.warning("ELLA: %d calibration points are few, so the scales are rough: hold out %d or more.", *(count, FEW))
 
 
-def _num_probes(settings: Settings, rank: int, num_outputs: int, alone: bool) -> int:
-    """m; without unseen points there is no telling their scale, so none unless it is given."""
-    if alone and settings.residual_scale is None:
-        return 0
-    probes = num_probes(settings.residual, rank, num_outputs)
-    log.info("ELLA: %d directions, and %d random probes of the variance outside their span.", rank, probes)
-    return probes
-
-
 def _given(hessian: Tensor, settings: Settings, prior: float) -> Posterior:
     """The posterior without unseen points to choose its scales on."""
     scales = {name: getattr(settings, name) or 1.0 for name in SCALES} | {"prior_variance": prior}
@@ -385,7 +379,8 @@ def _given(hessian: Tensor, settings: Settings, prior: float) -> Posterior:
         "ELLA: no validation data, so %s: %s. Uncertainty is "
         "calibrated only if these are; pass calibration_loader= or a val_dataloader of data never trained on.",
         "nothing is tuned" if settings.prior_variance else "the prior is the one with the highest marginal likelihood",
-        ", ".join(f"{name}={value:g}" for name, value in scales.items()),
+        ", ".join(f"{n}={v:g}" for n, v in scales.items() if n != "residual_scale" or settings.residual_scale)
+        + ("" if settings.residual_scale else ", no variance outside the span"),
     )
     return Posterior(hessian, **{name: torch.tensor(value).to(hessian) for name, value in scales.items()})
 

@@ -11,12 +11,19 @@ from .likelihoods import Gaussian, Likelihood
 from .linearize import slices
 
 SCALES = ("prior_variance", "covariance_scale", "residual_scale", "temperature")
-TUNING_BUDGET = 2**21  # logits sampled for one candidate, and at a time
-PULL = 1e-4  # nats for each squared e-fold away from the start: what the points say nothing of stays there
+TUNING_BUDGET = 2**22  # logits sampled for one candidate
+MIN_DRAWS = (
+    64  # with fewer, the temperature does what the variances should: they would follow the draws, not the points
+)
+CHUNK = 2**21  # logits sampled at a time
+# Standard deviations, in e-folds, of a normal prior on each scale around its start: what the points cannot tell stays
+# there, and a few points that are all right do not make the network as sure as can be.
+WIDTHS = {"prior_variance": 3.0, "covariance_scale": 3.0, "residual_scale": 3.0, "temperature": 1.0}
 # Standard errors that the NLL may rise for more variance outside the span. On two ResNet-20s, calibrated on 1,000 and
 # 3,000 images, a whole one costs up to .6 % of the NLL on images like those, and gains 1 to 2 % on corrupted ones.
 CAUTION = 0.5
 RANGE = 20.0  # e-folds that a scale may move from its start
+RISE = 3.0  # e-folds that the residual scale may rise after that
 STEPS = 100  # of an e-fold: rounded to them, the scales do not hang on the order of a sum
 
 
@@ -73,16 +80,19 @@ def calibrate(
         curvature: H, (K, K).
         likelihood: gives the NLL.
         predictive: how the posterior is integrated over.
-        draws: (S, K + m) standard normal numbers; as many are used as `TUNING_BUDGET` allows, 16 at least.
+        draws: (S, K + m) standard normal numbers; as many are used as `TUNING_BUDGET` allows, `MIN_DRAWS` at least.
         given: the scales that are fixed, by name; None where they are to be chosen.
         world: the processes that share the calibration points; the arguments are then this one's share.
     """
     world = world or World()
     count = int(world.sum(torch.tensor(len(logits))))
-    draws = draws[: max(16, TUNING_BUDGET // (count * logits.shape[1]))].double()
+    draws = draws[: max(MIN_DRAWS, TUNING_BUDGET // (count * logits.shape[1]))].double()
     start = _start(features, curvature, given, count, world)
-    free = [name for name in SCALES if given.get(name) is None and getattr(start, name) > 0]
-    parts = slices(len(logits), max(1, TUNING_BUDGET // (logits.shape[1] * max(draws.shape))))
+    free = [name for name in SCALES if given.get(name) is None]
+    if features.shape[2] == len(curvature):  # no probes
+        free = [name for name in free if name != "residual_scale"]
+    precision = torch.tensor([WIDTHS[name] ** -2 / count for name in free]).to(curvature)
+    parts = slices(len(logits), max(1, CHUNK // (logits.shape[1] * max(draws.shape))))
 
     def posterior(steps: Tensor) -> Posterior:
         """The start, its free scales multiplied by the exponentials of `steps`."""
@@ -102,8 +112,8 @@ def calibrate(
             for part in parts:
                 total = losses(steps, part).sum() / count
                 found += torch.cat([total.detach().view(1), *torch.autograd.grad(total, steps)])
-        pull = torch.cat([steps.detach().square().sum().view(1), 2 * steps.detach()])
-        loss, *gradient = world.sum(found) + PULL * pull
+        pull = precision * steps.detach()
+        loss, *gradient = world.sum(found) + torch.cat([(pull @ steps.detach() / 2).view(1), pull])
         return loss, torch.stack(gradient)
 
     def all_losses(steps: Tensor) -> Tensor:
@@ -119,7 +129,7 @@ def calibrate(
     if "residual_scale" in free:
         axis = torch.tensor([name == "residual_scale" for name in free]).to(best)
         lowest = all_losses(best)
-        best += axis * largest(lambda by: standard_errors(all_losses(best + by * axis) - lowest) <= CAUTION, RANGE)
+        best += axis * largest(lambda by: standard_errors(all_losses(best + by * axis) - lowest) <= CAUTION, RISE)
     return posterior((best * STEPS).round() / STEPS)
 
 
@@ -177,7 +187,7 @@ def _start(
         return torch.as_tensor(otherwise if value is None else value, dtype=torch.float64, device=curvature.device)
 
     def inverse(variance: Tensor) -> Tensor:
-        return torch.where(variance > 0, 1 / variance, 0)
+        return torch.where(variance > 0, 1 / variance, 1)
 
     one = curvature.new_ones(())
     prior = scale("prior_variance", 1 / torch.linalg.eigvalsh(curvature).clamp_min(1e-8).log().mean().exp())

@@ -1,21 +1,21 @@
 """Random directions outside the span of the basis: what the rank-K covariance leaves out, without bias.
 
-Probes are made from a seed whenever they are needed, and never written to a file.
+Probes are made from a seed when a predictor is made, held beside the basis, and never written to a file.
 """
 
 import torch
 from torch import Tensor
 
 
-def num_probes(residual: str | int, rank: int, num_outputs: int) -> int:
+def num_probes(residual: str | int, rank: int, *, reverse: bool) -> int:
     """m: none, as many as given, or as many as are cheap.
 
-    In forward mode, for more outputs than directions, a probe costs as much as a direction of the basis: half as many.
-    In reverse mode it costs little: twice as many.
+    In forward mode a probe costs as much as a direction of the basis: half as many. In reverse mode it costs less:
+    twice as many.
     """
     if isinstance(residual, int):
         return residual
-    return {"none": 0, "auto": max(1, rank // 2) if num_outputs > rank else 2 * rank}[residual]
+    return {"none": 0, "auto": 2 * rank if reverse else max(1, rank // 2)}[residual]
 
 
 def with_probes(basis: dict[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lightning_ella.likelihoods import Classification, Gaussian
 from lightning_ella.posterior import SCALES, Posterior, calibrate, largest, minimise, prior_by_evidence
@@ -110,3 +111,18 @@ def test_calibration_keeps_what_is_given():
 def test_every_predictive_can_be_calibrated(predictive: str):
     posterior = calibrated(1.0, 200, rank=3, predictive=predictive, given={})
     assert all(float(getattr(posterior, name)) > 0 for name in SCALES)
+
+
+@pytest.mark.parametrize("count", [2, 10, 30])
+def test_a_few_points_do_no_great_harm(count: int):
+    logits, features, _ = labelled(1.0, 1000)
+    distribution = torch.distributions.Categorical(logits=logits)
+    for _ in range(5):
+        targets = distribution.sample()
+        few = (values[:count] for values in (logits, features, targets))
+        draws = standard_normal(64, 4, 0)
+        posterior = calibrate(*few, torch.eye(2).double(), Classification(), predictive="mc", draws=draws, given={})
+        gaussian = Gaussian(logits, posterior.factor(features), draws)
+        prediction = Classification().predict(gaussian, "mc", posterior.temperature.float())
+        loss = Classification().nll(prediction, targets).mean()
+        assert loss < 1.6 * nn.functional.cross_entropy(logits, targets)

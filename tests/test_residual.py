@@ -56,10 +56,24 @@ def test_probes_are_made_again_from_the_seed_and_not_written(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("residual", "outputs", "expected"), [("auto", 100, 10), ("auto", 5, 40), ("none", 5, 0), (7, 5, 7)]
+    ("residual", "reverse", "expected"), [("auto", False, 10), ("auto", True, 40), ("none", True, 0), (7, True, 7)]
 )
-def test_as_many_probes_as_are_cheap(residual: str | int, outputs: int, expected: int):
-    assert num_probes(residual, 20, outputs) == expected
+def test_as_many_probes_as_are_cheap(residual: str | int, reverse: bool, expected: int):
+    assert num_probes(residual, 20, reverse=reverse) == expected
+
+
+def test_the_engine_decides_how_many_are_cheap():
+    case, calibrated = make_case("mlp"), {"num_landmarks": 30, "rank": 4}
+    for engine, expected in (("forward", 2), ("layerwise", 8), ("auto", 8)):
+        predictor = fit_ella(case.model, case.loader(), case.loader(), engine=engine, **calibrated)
+        assert predictor.settings["residual"] == expected
+
+
+def test_a_calibrated_posterior_without_residual_is_saved_and_loaded(tmp_path: Path):
+    case = make_case("mlp")
+    predictor = fit_ella(case.model, case.loader(), case.loader(), residual="none", num_landmarks=30, rank=4)
+    loaded = ELLAPredictor.load(predictor.save(tmp_path / "ella.safetensors"), case.model)
+    assert loaded(case.inputs).probs.equal(predictor(case.inputs).probs)
 
 
 def test_probes_of_a_basis_in_bf16_are_nearly_orthogonal():
