@@ -260,7 +260,7 @@ def show(runs: list[dict], console: Console, config: DictConfig) -> None:
     """Print a table for each group of figures: the mean over seeds, and the spread if there are several."""
     titles = {
         "test": f"{config.num_test:,} test images",
-        "corrupted": f"{config.num_corrupted} test images under {len(CORRUPTIONS)} corruptions, the mean over 5 severities",
+        "corrupted": f"{config.num_corrupted} test images under {len(CORRUPTIONS)} corruptions, mean of 5 severities",
         "foreign": "Foreign images, told by the entropy of the probabilities",
         "cost": "Fit (s), memory of the fit (bytes), prediction (F)",
     }
