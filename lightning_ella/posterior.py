@@ -23,6 +23,7 @@ WIDTHS = {"prior_variance": 3.0, "covariance_scale": 3.0, "residual_scale": 3.0,
 # 3,000 images, a whole one costs up to .6 % of the NLL on images like those, and gains 1 to 2 % on corrupted ones.
 CAUTION = 0.5
 RANGE = 20.0  # e-folds that a scale may move from its start
+ENOUGH = 30  # points that a standard error can be had from
 RISE = 3.0  # e-folds that the residual scale may rise after that
 STEPS = 100  # of an e-fold: rounded to them, the scales do not hang on the order of a sum
 
@@ -126,7 +127,7 @@ def calibrate(
         return float(total / ((square - total.square()) / count).clamp_min(1e-30).sqrt())
 
     best = minimise(loss_and_gradient, torch.zeros(len(free), dtype=torch.float64, device=curvature.device))
-    if "residual_scale" in free:
+    if "residual_scale" in free and count >= ENOUGH:
         axis = torch.tensor([name == "residual_scale" for name in free]).to(best)
         lowest = all_losses(best)
         best += axis * largest(lambda by: standard_errors(all_losses(best + by * axis) - lowest) <= CAUTION, RISE)
