@@ -351,7 +351,10 @@ def _calibrated(
         known = {name: values for name, values in gathered if values is not None}
         figures = {} if targets is None else _figures(likelihood, known, targets.squeeze(1))
     figures = world.object_from_first(figures)
-    _say(posterior, figures, count, [name for name in SCALES if getattr(settings, name) is None])
+    chosen = [name for name in SCALES if getattr(settings, name) is None]
+    if unseen.features.shape[2] == len(hessian):  # no probes
+        chosen = [name for name in chosen if name != "residual_scale"]
+    _say(posterior, figures, count, chosen)
     return posterior, figures
 
 
