@@ -24,7 +24,8 @@ def reliability_diagram(probs: dict[str, Tensor], targets: Tensor, num_bins: int
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect")
     for shift, (name, predicted) in enumerate(probs.items()):
-        _draw_reliability(upper, lower, name, predicted.cpu(), targets.cpu(), num_bins, shift / len(probs))
+        place = shift / len(probs), 0.9 / len(probs)  # of the bar, in shares of its bin
+        _draw_reliability(upper, lower, name, predicted.cpu(), targets.cpu(), num_bins, place)
     upper.set(ylabel="accuracy", ylim=(0, 1.02), title="Reliability: on the line is right")
     upper.legend(loc="lower right")
     lower.set(xlabel="confidence (largest probability)", ylabel="share", xlim=(0, 1.02))
@@ -90,7 +91,7 @@ def eigenvalue_spectrum(eigenvalues: Tensor) -> "Figure":
 
 
 def _draw_reliability(
-    upper: "Axes", lower: "Axes", name: str, probs: Tensor, targets: Tensor, num_bins: int, shift: float
+    upper: "Axes", lower: "Axes", name: str, probs: Tensor, targets: Tensor, num_bins: int, place: tuple[float, float]
 ) -> None:
     confidence, predicted = probs.max(1)
     bins = (confidence * num_bins).long().clamp_max(num_bins - 1)
@@ -99,6 +100,6 @@ def _draw_reliability(
     mean = bins.bincount(confidence.double(), num_bins) / count
     filled = count > 0
     (line,) = upper.plot(mean[filled], right[filled], marker="o", markersize=4, label=name)
-    width = 0.45 / num_bins
+    shift, width = place
     edges = [(b + shift) / num_bins for b in range(num_bins)]
-    lower.bar(edges, count / count.sum(), width, align="edge", color=line.get_color())
+    lower.bar(edges, count / count.sum(), width / num_bins, align="edge", color=line.get_color())
