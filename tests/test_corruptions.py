@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 from corruptions import CORRUPTIONS, SEVERITIES, corrupt, gaussian_blur
 from data import photo_patches
 
-RANDOM = {"gaussian_noise", "elastic"}
+RANDOM = ("gaussian_noise", "elastic")
 
 
 def patches(size: int) -> Tensor:
