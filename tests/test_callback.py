@@ -247,7 +247,7 @@ def test_a_clean_loader_of_the_datamodule_is_preferred(tmp_path: Path, caplog: p
     text = train_data(tmp_path, caplog, Clean())
     assert "fitting on the data of Clean.ella_train_dataloader(), calibrating on the data of Clean.ella_calib" in text
     assert "look different each time" not in text
-    assert "On 25 calibration points" in text
+    assert "chosen on 25 unseen points" in text
 
 
 def test_a_clean_loader_argument_comes_first(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -319,7 +319,7 @@ def test_mixed_precision_predicts_as_without_a_trainer(tmp_path: Path):
 def test_a_validation_loader_counts_without_a_validation_step(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     module = Net()
     module.__class__ = type("NoValidation", (Net,), {"validation_step": pl.LightningModule.validation_step})
-    assert "On 50 calibration points" in train_data(tmp_path, caplog, Data(), module)
+    assert "chosen on 50 unseen points" in train_data(tmp_path, caplog, Data(), module)
 
 
 def test_a_guarded_use_during_validation_survives_a_refit(tmp_path: Path):
@@ -348,7 +348,7 @@ def test_the_first_of_several_validation_loaders_is_used(tmp_path: Path, caplog:
 
     text = train_data(tmp_path, caplog, Several(), Indifferent())
     assert "the first of 2 validation loaders" in text
-    assert "On 50 calibration points" in text
+    assert "chosen on 50 unseen points" in text
 
 
 def test_double_precision_and_a_fast_dev_run(tmp_path: Path):
