@@ -31,9 +31,15 @@ def test_nll_and_ece_fall_on_images_nothing_was_chosen_on(real_data: tuple[Path,
     data.setup("fit")
     module = instantiate(OmegaConf.load(ROOT / "conf/model/cifar_resnet.yaml"), checkpoint=files / f"{checkpoint}.pt")
     predictor = fit_ella(
-        module, data.ella_train_dataloader(), data.val_dataloader(), num_landmarks=2000, rank=20, num_calibration=2000
+        module,
+        data.ella_train_dataloader(),
+        data.val_dataloader(),
+        num_landmarks=1000,
+        rank=20,
+        num_curvature=1000,
+        num_calibration=1500,
     )
-    chosen = np.random.default_rng(0).permutation(len(data.test))[:2000].tolist()
+    chosen = np.random.default_rng(0).permutation(len(data.test))[:1500].tolist()
     before, after = classification_metrics(10), classification_metrics(10)
     for x, y in DataLoader(Subset(data.test, chosen), 100):
         out = predictor(x)
