@@ -177,8 +177,7 @@ class Linearization:
         """The engine for features of this rank; forward mode only if the network has all its rules."""
         rank, outputs = len(next(iter(basis.values()))), self.sizes(inputs).num_outputs
         if rank not in self._engines:
-            # A tangent and a cotangent cost about the same: two to three forward passes.
-            name = self.choice if self.choice != "auto" else "layerwise" if outputs <= rank else "forward"
+            name = cheaper(self.choice, outputs, rank)
             reason, engine = f"C = {outputs} outputs, {rank} directions", self.layerwise
             for dtype in dict.fromkeys((self._dtype, None)) if name == "forward" else ():
                 forward = ForwardMode(self.network, min(rank, self.tangents_per_chunk or TANGENTS), dtype)
@@ -236,6 +235,11 @@ class Linearization:
         if self._dtype is None or isinstance(engine, ForwardMode):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
+
+
+def cheaper(choice: str, num_outputs: int, rank: int) -> str:
+    """The engine chosen, or for "auto" the one of fewer products: a tangent costs about what a cotangent does."""
+    return choice if choice != "auto" else "layerwise" if num_outputs <= rank else "forward"
 
 
 def free_memory(device: torch.device) -> int:

@@ -20,11 +20,11 @@ from .basis import nystrom_basis, sketch_numbers
 from .curvature import curvature
 from .data import Inputs, Points, Unpack, draw, inputs_and_targets, seeded
 from .distributed import World
-from .engine import Linearization, free_memory, give_back
+from .engine import Linearization, cheaper, free_memory, give_back
 from .landmarks import LANDMARKS, Landmarks
 from .likelihoods import LIKELIHOODS, Gaussian, Likelihood
 from .linearize import Basis, Forward, as_function, call, num_samples
-from .posterior import SCALES, Posterior, calibrate, prior_by_evidence
+from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
 from .predictor import ELLAPredictor, fingerprint, linearize, standard_normal
 from .residual import num_probes, with_probes
 from .settings import Settings
@@ -45,7 +45,6 @@ class Fit:
 
     predictor: ELLAPredictor
     figures: dict[str, float]  # "map/nll", "ella/nll", …, "ella/prior_variance", "ella/seconds"
-    num_calibration: int  # unseen points that the figures are of
 
 
 def fit_ella(
@@ -137,7 +136,7 @@ def run(
             basis, eigenvalues = _basis(linearization, chosen, partial(visit, train), settings, world)
             return {"eigenvalues": eigenvalues} | {f"basis.{name}": tangents for name, tangents in basis.items()}
 
-        reverse = settings.engine == "layerwise" or (settings.engine == "auto" and example.shape[1] <= settings.rank)
+        reverse = cheaper(settings.engine, example.shape[1], settings.rank) == "layerwise"
 
         def make_curvature() -> dict[str, Tensor]:
             numbers = draw(settings.num_curvature, len(train), generator)
@@ -171,7 +170,7 @@ def run(
             prior = settings.prior_variance or prior_by_evidence(
                 hessian, outside, spread_over, linearization.parameters.values()
             )
-            posterior, figures, count = _given(hessian, settings, prior), {}, 0
+            posterior, figures = _given(hessian, settings, prior), {}
         else:
             count = min(len(held_out), settings.num_calibration or len(held_out))
             with world.together("the calibration points"):
@@ -194,7 +193,7 @@ def run(
         "ella/seconds": time.perf_counter() - started,
         **{f"ella/eigenvalue_{k:02d}": value for k, value in enumerate(eigenvalues.tolist())},
     }
-    return Fit(predictor, figures, count)
+    return Fit(predictor, figures)
 
 
 def check(
@@ -332,13 +331,14 @@ def _calibrated(
 ) -> tuple[Posterior, dict[str, float]]:
     """The posterior with scales chosen on cached logits, features and targets, and the figures there."""
     draws = standard_normal(settings.num_samples, unseen.features.shape[-1], settings.seed).to(unseen.features)
+    given = {name: getattr(settings, name) for name in SCALES}
     posterior = calibrate(
         *unseen,
         hessian,
         likelihood,
         predictive=settings.predictive,
         draws=draws,
-        given={name: getattr(settings, name) for name in SCALES},
+        given=given,
         world=world,
     )
     with world.together("the figures"):
@@ -351,10 +351,7 @@ def _calibrated(
         known = {name: values for name, values in gathered if values is not None}
         figures = {} if targets is None else _figures(likelihood, known, targets.squeeze(1))
     figures = world.object_from_first(figures)
-    chosen = [name for name in SCALES if getattr(settings, name) is None]
-    if unseen.features.shape[2] == len(hessian):  # no probes
-        chosen = [name for name in chosen if name != "residual_scale"]
-    _say(posterior, figures, count, chosen)
+    _say(posterior, figures, count, free_scales(given, unseen.features, hessian))
     return posterior, figures
 
 

@@ -53,7 +53,20 @@ class BrierScore(_MeanScore):
         return (probs - torch.nn.functional.one_hot(targets, probs.shape[1])).square().sum(1)
 
 
-class AdaptiveCalibrationError(Metric):
+class _Collected(Metric):
+    """A figure of all samples at once: what `update` appends to the named lists is gathered over the processes."""
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+
+    def __init__(self, *lists: str, **kwargs: Any):
+        super().__init__(**kwargs)
+        for name in lists:
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+
+class AdaptiveCalibrationError(_Collected):
     """Mean |confidence − accuracy| of the top label over bins of equally many samples, in [0, 1].
 
     The bins are those of Nguyen & O'Connor (2015, "adaptive binning"; see also Nixon et al. 2019): samples in the order
@@ -65,17 +78,12 @@ class AdaptiveCalibrationError(Metric):
         **kwargs: of every Metric.
     """
 
-    full_state_update = False
-    higher_is_better = False
-    is_differentiable = False
     confidence: list[Tensor]
     correct: list[Tensor]
 
     def __init__(self, num_bins: int = 15, **kwargs: Any):
-        super().__init__(**kwargs)
+        super().__init__("confidence", "correct", **kwargs)
         self.num_bins = num_bins
-        self.add_state("confidence", [], dist_reduce_fx="cat")
-        self.add_state("correct", [], dist_reduce_fx="cat")
 
     def update(self, probs: Tensor, targets: Tensor) -> None:
         """Add a batch: probabilities (B, C) and class indices (B,)."""
@@ -90,23 +98,18 @@ class AdaptiveCalibrationError(Metric):
         return (torch.stack([gaps.sum().abs() for gaps in bins]).sum() / len(correct)).float()
 
 
-class AreaUnderRiskCoverage(Metric):
+class AreaUnderRiskCoverage(_Collected):
     """AURC: the error rate of the k most certain samples, averaged over k = 1 … n, in [0, 1].
 
     The curve is that of Geifman & El-Yaniv (2017), its area as a figure of Geifman et al. (2019). Samples of one
     uncertainty may come in any order with equal chance: the value is the expected one.
     """
 
-    full_state_update = False
-    higher_is_better = False
-    is_differentiable = False
     uncertainty: list[Tensor]
     wrong: list[Tensor]
 
     def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.add_state("uncertainty", [], dist_reduce_fx="cat")
-        self.add_state("wrong", [], dist_reduce_fx="cat")
+        super().__init__("uncertainty", "wrong", **kwargs)
 
     def update(self, probs: Tensor, targets: Tensor, uncertainty: Tensor | None = None) -> None:
         """Add a batch: probabilities (B, C), class indices (B,) and what to rank by, (B,); by default 1 − max p."""
@@ -121,7 +124,7 @@ class AreaUnderRiskCoverage(Metric):
         return (wrong.cumsum(0) / counts).mean().float()
 
 
-class FalsePositiveRate(Metric):
+class FalsePositiveRate(_Collected):
     """Share of familiar points taken for foreign where `at` of the foreign ones are found ("FPR95"), in [0, 1].
 
     Foreign is positive, and a higher score is more foreign, as in Hendrycks et al. (2019); Liang et al. (2018) take the
@@ -134,19 +137,14 @@ class FalsePositiveRate(Metric):
         **kwargs: of every Metric.
     """
 
-    full_state_update = False
-    higher_is_better = False
-    is_differentiable = False
     scores: list[Tensor]
     is_foreign: list[Tensor]
 
     def __init__(self, at: float = 0.95, **kwargs: Any):
-        super().__init__(**kwargs)
+        super().__init__("scores", "is_foreign", **kwargs)
         if not 0 < at <= 1:
             raise ValueError(f"at={at} is not a share of the foreign points: pass a number in (0, 1].")
         self.at = at
-        self.add_state("scores", [], dist_reduce_fx="cat")
-        self.add_state("is_foreign", [], dist_reduce_fx="cat")
 
     def update(self, scores: Tensor, is_foreign: Tensor) -> None:
         """Add a batch: scores (B,) and whether each point is foreign, (B,) bool."""

@@ -89,9 +89,7 @@ def calibrate(
     count = int(world.sum(torch.tensor(len(logits))))
     draws = draws[: max(MIN_DRAWS, TUNING_BUDGET // (count * logits.shape[1]))].double()
     start = _start(features, curvature, given, count, world)
-    free = [name for name in SCALES if given.get(name) is None]
-    if features.shape[2] == len(curvature):  # no probes
-        free = [name for name in free if name != "residual_scale"]
+    free = free_scales(given, features, curvature)
     precision = torch.tensor([WIDTHS[name] ** -2 / count for name in free]).to(curvature)
     parts = slices(len(logits), max(1, CHUNK // (logits.shape[1] * max(draws.shape))))
 
@@ -132,6 +130,12 @@ def calibrate(
         lowest = all_losses(best)
         best += axis * largest(lambda by: standard_errors(all_losses(best + by * axis) - lowest) <= CAUTION, RISE)
     return posterior((best * STEPS).round() / STEPS)
+
+
+def free_scales(given: Mapping[str, float | None], features: Tensor, curvature: Tensor) -> list[str]:
+    """Names of the scales to choose: those that are not given, and none of probes that there are not."""
+    probed = features.shape[2] > len(curvature)
+    return [name for name in SCALES if given.get(name) is None and (probed or name != "residual_scale")]
 
 
 def prior_by_evidence(curvature: Tensor, outside: Tensor, dimensions: int, weights: Iterable[Tensor]) -> float:

@@ -15,7 +15,7 @@ import hydra
 import torch
 from benchmark import memory
 from corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from data import Images
+from data import Images, some
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, seed_everything
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from rivals import RIVALS, NotApplicable, Predict, Task, ensemble
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
@@ -34,13 +34,13 @@ from lightning_ella import ELLAPredictor, fit_ella
 from lightning_ella.likelihoods import Classification, Gaussian
 from lightning_ella.metrics import FalsePositiveRate, classification_metrics
 from lightning_ella.plots import calibration_under_shift, reliability_diagram, risk_coverage
-from lightning_ella.posterior import Posterior, calibrate
+from lightning_ella.posterior import SCALES, Posterior, calibrate
 
 BATCH = 16  # images that all methods see before the next: rivals share their Jacobians
 OURS = "lightning-ella"
 SHOWN = ("MAP", "temperature scaling", "last layer, full", "ELLA as in the paper", OURS)  # in the plots
 NONE = 1e-12  # a scale that leaves its part of the variance out
-PAPER = {"prior_variance": 0.04, "residual": "none", "temperature": 1.0}  # its early stop is the covariance scale
+PAPER: dict[str, float | None] = {"prior_variance": 0.04, "temperature": 1.0}  # its early stop is the covariance scale
 ABLATION: dict[str, dict[str, float | None]] = {  # what is fixed; the rest is tuned
     "only the span": {"residual_scale": NONE, "temperature": 1.0},
     "only outside the span": {"covariance_scale": NONE, "temperature": 1.0},
@@ -87,12 +87,6 @@ def first(dataset: Dataset, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return images, targets
 
 
-def some(dataset: Dataset, count: int, seed: int) -> Dataset:
-    """`count` points of a data set, drawn at random."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
-    return Subset(dataset, order[:count].tolist())
-
-
 class Own:
     """This package's predictor, and the same with less: features are computed once for all of them."""
 
@@ -123,6 +117,13 @@ class Own:
         return self._last[1]
 
 
+def without_probes(predictor: ELLAPredictor) -> ELLAPredictor:
+    """The same directions and curvature without the variance outside their span, at the cost that it has then."""
+    parts = {name: getattr(predictor, name) for name in ("eigenvalues", "curvature", *SCALES)}
+    basis = {name: tangents.clone() for name, tangents in predictor.basis.items()}
+    return ELLAPredictor(predictor.model, basis=basis, settings=predictor.settings | {"residual": 0}, **parts)
+
+
 def fit_all(config: DictConfig, module: LightningModule, data: Images, seed: int) -> tuple[dict, dict, Score]:
     """Every method's predictions, and what its fit took; and this package's score of foreign images."""
     points = some(data.holdout, config.num_calibration, seed)
@@ -146,8 +147,7 @@ def fit_all(config: DictConfig, module: LightningModule, data: Images, seed: int
     predictions[OURS] = lambda images: predictor(images).probs
     own = Own(predictor, held_out)
     predictions |= {name: own.variant(given) for name, given in ABLATION.items()}
-    plain = fit_ella(deepcopy(module), task.train, held_out, **known | PAPER)
-    predictions["ELLA as in the paper"] = lambda images: plain(images).probs
+    predictions["ELLA as in the paper"] = Own(without_probes(predictor), held_out).variant(PAPER)
     return predictions, costs, lambda images: predictor(images).novelty
 
 
@@ -188,15 +188,11 @@ def predict_all(predictions: dict[str, Predict], score: Score, sets: Sets) -> tu
     return probs, scores
 
 
-def classification_figures(probs: dict[str, Tensor], sets: Sets, groups: list[list[str]]) -> dict[str, float]:
-    """Figures of one method, the mean over groups of sets; the few images of one set would make any ECE large."""
-    found: dict[str, list[float]] = {}
-    for keys in groups:
-        metrics = classification_metrics(probs[keys[0]].shape[1], sync_on_compute=False)
-        metrics.update(torch.cat([probs[key] for key in keys]), torch.cat([sets[key][1] for key in keys]))
-        for name, value in metrics.compute().items():
-            found.setdefault(name, []).append(float(value))
-    return {name: mean(values) for name, values in found.items()}
+def classification_figures(probs: dict[str, Tensor], sets: Sets, keys: list[str]) -> dict[str, float]:
+    """Figures of one method over all images of some sets: the few of one would make any ECE large."""
+    metrics = classification_metrics(probs[keys[0]].shape[1], sync_on_compute=False)
+    metrics.update(torch.cat([probs[key] for key in keys]), torch.cat([sets[key][1] for key in keys]))
+    return {name: float(value) for name, value in metrics.compute().items()}
 
 
 def detection(scores: dict[str, Tensor]) -> dict[str, float]:
@@ -242,15 +238,14 @@ def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets,
     rows: dict[str, dict] = {}
     for name, found in probs.items():
         entropies = {key: torch.special.entr(values).sum(1) for key, values in found.items()}
+        clean, *shifted = (classification_figures(found, sets, keys) for keys in (["test"], *by_severity))
         rows[name] = {
-            "test": classification_figures(found, sets, [["test"]]),
-            "corrupted": classification_figures(found, sets, by_severity),
+            "test": clean,
+            "corrupted": {figure: mean(row[figure] for row in shifted) for figure in clean},
             "foreign": detection(entropies),
             "cost": {"F": taken[name], **costs.get(name, {})},
             "NLL over ours": {key: by_method[name] for key, by_method in intervals.items()},
-            "ECE by severity": [
-                classification_figures(found, sets, [keys])["ece"] for keys in (["test"], *by_severity)
-            ],
+            "ECE by severity": [row["ece"] for row in (clean, *shifted)],
         }
     rows[f"{OURS}, by novelty"] = {"foreign": detection(scores)}
     return rows, probs

@@ -146,6 +146,12 @@ class ImageFolders(Images):
         return order[self.num_holdout :], order[: self.num_holdout]
 
 
+def some(dataset: Dataset, count: int, seed: int) -> Dataset:
+    """`count` points of a data set, drawn at random."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    return Subset(dataset, order[:count].tolist())
+
+
 def unlabelled(images: Tensor) -> Dataset:
     """Images with labels that mean nothing."""
     return TensorDataset(images, torch.zeros(len(images), dtype=torch.long))

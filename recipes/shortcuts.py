@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import hydra
 import torch
+from data import some
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
@@ -21,14 +22,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lightning_ella import ELLAPredictor, fit_ella
 from lightning_ella.likelihoods import Classification, Gaussian
-from lightning_ella.linearize import as_function
 from lightning_ella.posterior import Posterior, calibrate
-from lightning_ella.predictor import linearize
 
 PAPER_PRIOR_VARIANCE = 0.04
 FEWER = (250, 500, 1000, 2000, 5000, 10_000, 20_000)
@@ -43,18 +42,10 @@ class Cache(NamedTuple):
     targets: Tensor  # (n,)
 
 
-def first(dataset: Dataset, count: int, seed: int) -> Dataset:
-    """`count` points of a data set, drawn at random."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
-    return Subset(dataset, order[:count].tolist())
-
-
 def cache(predictor: ELLAPredictor, dataset: Dataset, what: str) -> Cache:
     """Run the network once over all points."""
-    linearization, parts = linearize(predictor.model, predictor.forward_function, predictor.settings), []
-    with as_function(predictor.model):
-        for images, targets in tqdm(DataLoader(dataset, 128), desc=f"features of {what}"):
-            parts.append((*linearization.features(images, predictor.basis), targets))
+    batches = tqdm(DataLoader(dataset, 128), desc=f"features of {what}")
+    parts = [(*predictor.features(images), targets) for images, targets in batches]
     return Cache(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -97,7 +88,7 @@ def main(config: DictConfig) -> None:
     seed_everything(config.seed, verbose=False)
     data, module = instantiate(config.data), instantiate(config.model)
     data.setup("fit")
-    train, unseen, test = data.ella_train_dataloader(), data.holdout, first(data.test, config.num_test, config.seed)
+    train, unseen, test = data.ella_train_dataloader(), data.holdout, some(data.test, config.num_test, config.seed)
     common = {"num_landmarks": config.num_landmarks, "rank": config.rank, "seed": config.seed}
     common |= {"residual": "none", "temperature": 1.0}  # what is compared is what the span gives
     base = fit_ella(module, train, data.val_dataloader(), num_calibration=config.num_calibration, **common)
@@ -114,8 +105,8 @@ def main(config: DictConfig) -> None:
         rows[name] = row(fit_ella(module, train, **common, **given, **options), test, reference)
         rows[name].pop("variance")
 
-    visited = cache(base, first(train.dataset, config.num_curvature, config.seed + 1), "training points")
-    held = cache(base, first(unseen, config.num_calibration, config.seed), "unseen points")
+    visited = cache(base, some(train.dataset, config.num_curvature, config.seed + 1), "training points")
+    held = cache(base, some(unseen, config.num_calibration, config.seed), "unseen points")
     tested = cache(base, test, "test images")
     stops = torch.arange(len(visited.logits)).split(config.stop_every)
     sums = [LIKELIHOOD.curvature(visited.logits[i].double(), visited.features[i].double()) for i in stops]
