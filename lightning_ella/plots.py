@@ -76,6 +76,72 @@ def risk_coverage(probs: dict[str, Tensor], targets: Tensor) -> "Figure":
     return figure
 
 
+def confidence_histograms(probs: dict[str, Tensor], targets: Tensor, num_bins: int = 20) -> "Figure":
+    """How sure several predictives are where they are right and where they are wrong, a panel each.
+
+    Args:
+        probs: name -> class probabilities (n, C).
+        targets: class indices (n,).
+        num_bins: equally wide bins of the confidence.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.5 * len(probs), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(probs), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, predicted) in zip(panels, probs.items(), strict=True):
+        confidence, labels = predicted.cpu().max(1)
+        right = labels == targets.cpu()
+        for kind, meaning in ((right, "right"), (~right, "wrong")):
+            share = f"{meaning}: {float(kind.double().mean()):.1%}"
+            axes.hist(confidence[kind].numpy(), num_bins, (0, 1), histtype="step", linewidth=1.5, label=share)
+        axes.set(title=name, xlabel="confidence", yscale="log")
+        axes.legend(loc="upper left", fontsize="small")
+    panels[0].set_ylabel("predictions")
+    return figure
+
+
+def tuning_curves(curves: dict[str, tuple[Tensor, Tensor]], chosen: dict[str, float]) -> "Figure":
+    """NLL on unseen points against each scale, the others as chosen: is the minimum sharp, and was it found?
+
+    Args:
+        curves: name of a scale -> its values (n,) and the NLL there (n,).
+        chosen: name of a scale -> the value that was chosen.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(curves), 3), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (name, (values, losses)) in zip(panels, curves.items(), strict=True):
+        axes.semilogx(values.cpu(), losses.cpu(), marker="o", markersize=3)
+        axes.axvline(chosen[name], color="0.5", linestyle="--", linewidth=1, label=f"chosen: {chosen[name]:.3g}")
+        axes.set(xlabel=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    panels[0].set_ylabel("NLL on unseen points")
+    return figure
+
+
+def image_grid(images: Tensor, captions: list[str], columns: int = 6) -> "Figure":
+    """Images with what is said of them.
+
+    Args:
+        images: (n, 3 or 1, H, W), in [0, 1].
+        captions: n, a few short lines each.
+        columns: images in a row.
+    """
+    from matplotlib.figure import Figure
+
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.9 * columns, 2.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.axis("off")
+    for axes, image, caption in zip(panels, images.cpu(), captions, strict=False):
+        axes.imshow(image.movedim(0, -1).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(caption, fontsize=8)
+    return figure
+
+
 def eigenvalue_spectrum(eigenvalues: Tensor) -> "Figure":
     """Eigenvalues of the neural tangent kernel along the kept directions: is the rank high enough?"""
     from matplotlib.figure import Figure

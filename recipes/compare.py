@@ -8,12 +8,14 @@ import json
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
 import hydra
 import torch
 from benchmark import memory
+from build import build_network
 from corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from data import Images, some
 from hydra.core.hydra_config import HydraConfig
@@ -22,17 +24,16 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from report import FIGURES, classification_figures, told
 from rich.console import Console
 from rich.table import Table
 from rivals import RIVALS, NotApplicable, Predict, Task, ensemble
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
 from lightning_ella import ELLAPredictor, fit_ella
 from lightning_ella.likelihoods import Classification, Gaussian
-from lightning_ella.metrics import FalsePositiveRate, classification_metrics
 from lightning_ella.plots import calibration_under_shift, reliability_diagram, risk_coverage
 from lightning_ella.posterior import SCALES, Posterior, calibrate
 
@@ -48,8 +49,6 @@ ABLATION: dict[str, dict[str, float | None]] = {  # what is fixed; the rest is t
     "without the span": {"covariance_scale": NONE},
     "without outside the span": {"residual_scale": NONE},
 }
-FIGURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier"}
-FIGURES |= {"aurc": "AURC"}
 
 Sets = dict[str, tuple[Tensor, Tensor]]  # "test", "<corruption>/<severity>", "foreign/<name>" -> images, targets
 Score = Callable[[Tensor], Tensor]  # images -> how foreign they look, (B,)
@@ -58,7 +57,7 @@ Score = Callable[[Tensor], Tensor]  # images -> how foreign they look, (B,)
 def network(config: DictConfig, data: Images, seed: int) -> LightningModule:
     """A network as it is in its checkpoint, or trained."""
     seed_everything(seed, verbose=False)
-    module: LightningModule = instantiate(config.model)
+    module = build_network(config, data)
     if config.trainer.max_epochs:
         trainer = instantiate(config.trainer, logger=False, enable_checkpointing=False)
         trainer.fit(module, data)
@@ -70,11 +69,12 @@ def evaluation_sets(data: Images, config: DictConfig) -> Sets:
     images, targets = first(data.test, max(config.num_test, config.num_corrupted), config.seed)
     sets = {"test": (images[: config.num_test], targets[: config.num_test])}
     pixels, labels = data.pixels(images[: config.num_corrupted]), targets[: config.num_corrupted]
-    for name in CORRUPTIONS:
-        for severity in SEVERITIES:
-            corrupted = corrupt(pixels, name, severity)
-            if not corrupted.equal(pixels):  # as of the saturation of a grey image
-                sets[f"{name}/{severity}"] = data.normalise(corrupted), labels
+    for name, dataset in data.shifted.items():
+        sets[name] = first(dataset, config.num_corrupted, config.seed)
+    for name, severity in () if data.shifted else product(CORRUPTIONS, SEVERITIES):
+        corrupted = corrupt(pixels, name, severity)
+        if not corrupted.equal(pixels):  # as of the saturation of a grey image
+            sets[f"{name}/{severity}"] = data.normalise(corrupted), labels
     for name, dataset in data.foreign.items():
         sets[f"foreign/{name}"] = first(dataset, config.num_foreign, config.seed)
     return sets
@@ -188,29 +188,19 @@ def predict_all(predictions: dict[str, Predict], score: Score, sets: Sets) -> tu
     return probs, scores
 
 
-def classification_figures(probs: dict[str, Tensor], sets: Sets, keys: list[str]) -> dict[str, float]:
-    """Figures of one method over all images of some sets: the few of one would make any ECE large."""
-    metrics = classification_metrics(probs[keys[0]].shape[1], sync_on_compute=False)
-    metrics.update(torch.cat([probs[key] for key in keys]), torch.cat([sets[key][1] for key in keys]))
-    return {name: float(value) for name, value in metrics.compute().items()}
+def figures_of(probs: dict[str, Tensor], sets: Sets, keys: list[str]) -> dict[str, float]:
+    """Figures of one method over all images of some sets."""
+    return classification_figures([{"probs": probs[key], "targets": sets[key][1]} for key in keys], "probs")
 
 
 def detection(scores: dict[str, Tensor]) -> dict[str, float]:
     """AUROC and FPR95 of each foreign set against the test images, from a score for each image."""
-    found = {}
-    for key in (key for key in scores if key.startswith("foreign")):
-        both = torch.cat([scores["test"], scores[key]])
-        is_foreign = torch.arange(len(both)) >= len(scores["test"])
-        false_positives = FalsePositiveRate()
-        false_positives.update(both, is_foreign)
-        name = key.removeprefix("foreign/")
-        # in [0, 1] by rank: torchmetrics would squash scores that leave it
-        ranks = both.unique(return_inverse=True)[1] / len(both)
-        found |= {
-            f"AUROC {name}": float(binary_auroc(ranks, is_foreign.long())),
-            f"FPR95 {name}": float(false_positives.compute()),
-        }
-    return found
+    return {
+        f"{what} {key.removeprefix('foreign/')}": value
+        for key, foreign in scores.items()
+        if key != "test"
+        for what, value in told(scores["test"], foreign).items()
+    }
 
 
 def bootstrap(probs: dict[str, dict[str, Tensor]], sets: Sets, keys: list[str], count: int) -> dict[str, list[float]]:
@@ -237,8 +227,8 @@ def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets,
     intervals["corrupted"] = bootstrap(probs, sets, corrupted, config.num_bootstraps)
     rows: dict[str, dict] = {}
     for name, found in probs.items():
-        entropies = {key: torch.special.entr(values).sum(1) for key, values in found.items()}
-        clean, *shifted = (classification_figures(found, sets, keys) for keys in (["test"], *by_severity))
+        entropies = {key: torch.special.entr(found[key]).sum(1) for key in found if key not in corrupted}
+        clean, *shifted = (figures_of(found, sets, keys) for keys in (["test"], *by_severity))
         rows[name] = {
             "test": clean,
             "corrupted": {figure: mean(row[figure] for row in shifted) for figure in clean},
@@ -296,8 +286,8 @@ def main(config: DictConfig) -> None:
     """Fit, compare, print; write compare.json and three pictures, and log them to W&B."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     data: Images = instantiate(config.data)
-    data.setup("fit")
     module = network(config, data, config.seed)
+    data.setup("fit")
     sets = evaluation_sets(data, config)
     runs, probs = [], {}
     for seed in config.seeds:

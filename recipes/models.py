@@ -1,10 +1,20 @@
-"""Networks of the recipes, and the LightningModule that trains them."""
+"""Networks of the recipes, and the LightningModule that trains them.
 
+A function a source: it gives a `Classifier`, which knows what images its network takes.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
+import timm
 import torch
+import torchvision
+from data import Preprocessing
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -64,24 +74,34 @@ class Classifier(LightningModule):
     """Any network, trained with cross-entropy and SGD under a cosine schedule.
 
     Args:
-        network: maps images to logits (B, C).
+        network: maps images to logits (B, C), or to an object with `.logits`, as Hugging Face's do.
+        preprocessing: what images it takes; None leaves that to the data.
+        in_channels: of the images.
         learning_rate: at the start.
         weight_decay: L2 penalty.
-        checkpoint: a file with the network's `state_dict` to start from.
+        checkpoint: a file with weights to start from, see `load_weights`.
     """
 
     def __init__(
-        self, network: nn.Module, learning_rate: float, weight_decay: float, checkpoint: str | Path | None = None
+        self,
+        network: nn.Module,
+        *,
+        preprocessing: Preprocessing | None = None,
+        in_channels: int = 3,
+        learning_rate: float,
+        weight_decay: float,
+        checkpoint: str | Path | None = None,
     ):
         super().__init__()
         if checkpoint is not None:
-            network.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
-        self.network = network
+            load_weights(network, checkpoint)
+        self.network, self.preprocessing, self.in_channels = network, preprocessing, in_channels
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits (B, C)."""
-        return self.network(x)
+        out = self.network(x)
+        return out if isinstance(out, Tensor) else out.logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch."""
@@ -105,3 +125,97 @@ class Classifier(LightningModule):
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def cifar_resnet(depth: int, num_classes: int, in_channels: int, width: int = 16, **training: Any) -> Classifier:
+    """ResNet for small images."""
+    return Classifier(CifarResNet(depth, num_classes, in_channels, width), in_channels=in_channels, **training)
+
+
+def from_timm(
+    name: str, num_classes: int, in_channels: int, pretrained: bool | None, options: Mapping[str, Any], **training: Any
+) -> Classifier:
+    """Any classifier of timm, with `options` for its constructor.
+
+    Images are prepared as its weights want them; with another `img_size` in `options`, or in grey, as the data have it.
+    """
+    with _downloading(name, pretrained):
+        network = timm.create_model(
+            name, pretrained=bool(pretrained), num_classes=num_classes, in_chans=in_channels, **options
+        )
+    wanted = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined]
+    size = wanted["input_size"][-1]
+    own = Preprocessing(size, wanted["mean"], wanted["std"], round(size / wanted["crop_pct"]), wanted["interpolation"])
+    preprocessing = None if "img_size" in options or in_channels != len(own.mean) else own
+    return Classifier(network, preprocessing=preprocessing, in_channels=in_channels, **training)
+
+
+def from_torchvision(
+    name: str, num_classes: int, in_channels: int, pretrained: bool | None, **training: Any
+) -> Classifier:
+    """Any classifier of torchvision; its last layer is made anew where the number of classes differs."""
+    weights = torchvision.models.get_model_weights(name)["DEFAULT"]
+    with _downloading(name, pretrained):
+        network = torchvision.models.get_model(name, weights=weights if pretrained else None)
+    name, head = [(name, part) for name, part in network.named_modules() if isinstance(part, nn.Linear)][-1]
+    if head.out_features != num_classes:
+        network.set_submodule(name, nn.Linear(head.in_features, num_classes))
+    wanted = weights.transforms()
+    preprocessing = Preprocessing(
+        wanted.crop_size[0], tuple(wanted.mean), tuple(wanted.std), wanted.resize_size[0], wanted.interpolation.value
+    )
+    return Classifier(network, preprocessing=preprocessing, **training)
+
+
+def from_hugging_face(
+    name: str, num_classes: int, in_channels: int, pretrained: bool | None, **training: Any
+) -> Classifier:
+    """An image classifier of transformers, by its folder or its name on the hub."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+    with _downloading(name, True):
+        config = AutoConfig.from_pretrained(name, num_labels=num_classes)
+        processor = AutoImageProcessor.from_pretrained(name)
+        if pretrained:
+            network = AutoModelForImageClassification.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
+        else:
+            network = AutoModelForImageClassification.from_config(config)
+    size = processor.size.get("height") or processor.size["shortest_edge"]
+    preprocessing = Preprocessing(size, tuple(processor.image_mean), tuple(processor.image_std))
+    return Classifier(network, preprocessing=preprocessing, **training)
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Load a state_dict from a file of torch or safetensors, or from a checkpoint of Lightning.
+
+    Raises:
+        ValueError: if the weights are not of this network.
+    """
+    if str(path).endswith(".safetensors"):
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = cast(dict[str, Tensor], state.get("state_dict", state))
+    for prefix in ("network.", "model.", "module.", "net."):
+        if all(name.startswith(prefix) for name in state) and not hasattr(network, prefix[:-1]):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} has no weights of {type(network).__name__} as it is configured: choose the model that they are "
+            f"of, with its num_classes. {str(error)[:1000]}"
+        ) from error
+
+
+@contextmanager
+def _downloading(name: str, pretrained: bool | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"the weights of {name} could not be downloaded: pass model.pretrained=false and "
+            f"model.checkpoint=<file>, or the folder that they are in. {error}"
+        ) from error

@@ -1,114 +1,255 @@
-"""What a run ends with: the table MAP beside ELLA, report.json, and the figures, on disk and in W&B."""
+"""What a run ends with: tables, report.json, figures, words; on disk and in every logger."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from data import Images
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
+import wandb
+from data import Images, some
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from sklearn.metrics import roc_auc_score
+from safetensors.torch import save_model
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lightning_ella import ELLAPredictor
-from lightning_ella.metrics import classification_metrics
-from lightning_ella.plots import eigenvalue_spectrum, reliability_diagram
+from lightning_ella.likelihoods import Gaussian
+from lightning_ella.metrics import FalsePositiveRate, classification_metrics
+from lightning_ella.plots import (
+    calibration_under_shift,
+    confidence_histograms,
+    eigenvalue_spectrum,
+    image_grid,
+    reliability_diagram,
+    risk_coverage,
+    tuning_curves,
+)
+from lightning_ella.posterior import SCALES
 
-COLUMNS = {
-    "accuracy": "accuracy",
-    "nll": "NLL",
-    "ece": "ECE",
-    "brier": "Brier",
-    "auroc_total": "AUROC total",
-    "auroc_epistemic": "AUROC epistemic",
-    "auroc_novelty": "AUROC novelty",
-}
+FIGURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier"}
+FIGURES |= {"aurc": "AURC"}
+SCORES = ("total", "epistemic", "novelty")
+SHOWN = 18  # of the most uncertain images
+TUNING_POINTS = 500  # that the curves of the tuning are drawn from
+
+Seen = dict[str, Tensor]  # "MAP" and "ELLA" (n, C), "targets" and the uncertainties (n,)
 
 
 def write_report(
-    predictor: ELLAPredictor, data: Images, trainer: Trainer, config: dict[str, Any], folder: Path
-) -> dict:
-    """Evaluate on the test and the foreign images; print, write and log what comes out."""
-    seen = predict(predictor, data.test_dataloader(), "test images")
-    foreign = predict(predictor, data.foreign_dataloader(), "foreign images")
-    results = {name: figures(name, seen, foreign) for name in ("MAP", "ELLA")}
-    plots = {
-        "reliability": reliability_diagram({"MAP": seen["MAP"], "ELLA": seen["ELLA"]}, seen["targets"]),
-        "eigenvalues": eigenvalue_spectrum(predictor.eigenvalues),
-    }
+    predictor: ELLAPredictor,
+    data: Images,
+    config: dict[str, Any],
+    folder: Path,
+    loggers: list[Logger],
+    fit: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Evaluate on test, shifted and foreign images; print, write and log what comes out.
+
+    Returns:
+        what report.json has: "test", "shifted/<severity>" -> "MAP" | "ELLA" -> metric -> value, "foreign", and more.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    seen = {"test": predict(predictor, data.test, data.batch_size, "test images")}
+    for name, dataset in {**data.shifted, **{f"foreign/{name}": part for name, part in data.foreign.items()}}.items():
+        seen[name] = predict(predictor, dataset, data.batch_size, name)
+    splits = {"test": ["test"]}
+    for name in sorted(data.shifted, key=lambda name: name.rpartition("/")[2]):
+        splits.setdefault(f"severity {name.rpartition('/')[2]}", []).append(name)
+    results = {
+        split: {who: classification_figures([seen[name] for name in names], who) for who in ("MAP", "ELLA")}
+        for split, names in splits.items()
+    }
+    found = {name: {**detection(seen["test"], seen[name])} for name in seen if name.startswith("foreign/")}
+    report = {**results, "foreign": found, "num_test": len(seen["test"]["targets"]), "fit": fit, "config": config}
+    (folder / "report.json").write_text(json.dumps(report, indent=2))
+    plots = figures(predictor, data, seen["test"], results)
+    uncertain = most_uncertain(seen["test"], data)
+    plots["most_uncertain"] = image_grid(uncertain["images"], uncertain["captions"])
     for name, figure in plots.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
-    calibration = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    report = {"test": results, "num_test": len(seen["targets"]), "fit": calibration, "config": config}
-    (folder / "report.json").write_text(json.dumps(report, indent=2))
-    show(results, len(seen["targets"]), folder)
-    log(trainer, results, folder, list(plots))
+    show(results, found, report["num_test"], Console())
+    log(loggers, results, found, folder, plots, uncertain)
     return report
 
 
-def predict(predictor: ELLAPredictor, loader: DataLoader, description: str) -> dict[str, Tensor]:
-    """Probabilities of the network ("MAP") and of the posterior ("ELLA"), uncertainties and targets of a loader."""
+def predict(predictor: ELLAPredictor, dataset: Dataset, batch_size: int, description: str) -> Seen:
+    """Probabilities of the network ("MAP") and of the posterior ("ELLA"), uncertainties and targets of a data set."""
     parts = []
     device = next(predictor.model.parameters()).device
-    for images, targets in tqdm(loader, desc=f"ELLA on {description}"):
-        prediction = predictor(images.to(device))
-        parts.append(
-            {
-                "MAP": prediction.logits_mean.softmax(-1),
-                "ELLA": prediction.probs,
-                "total": prediction.entropy,
-                "epistemic": prediction.mutual_information,
-                "targets": targets,
-            }
-            | ({} if prediction.novelty is None else {"novelty": prediction.novelty})
-        )
-    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+    loader = DataLoader(dataset, batch_size)
+    with logging_redirect_tqdm([logging.getLogger("lightning_ella"), logging.getLogger()]):
+        for images, targets in tqdm(loader, desc=f"ELLA on {description}", unit="batch"):
+            out = predictor(images.to(device))
+            part = {"MAP": out.logits_mean.softmax(-1), "ELLA": out.probs, "total": out.entropy, "targets": targets}
+            part["epistemic"] = out.mutual_information
+            parts.append(part if out.novelty is None else part | {"novelty": out.novelty})
+    seen = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+    return seen | {"MAP total": torch.special.entr(seen["MAP"]).sum(-1)}
 
 
-def figures(name: str, seen: dict[str, Tensor], foreign: dict[str, Tensor]) -> dict[str, float | None]:
-    """Figures of one predictive; the network alone has no epistemic uncertainty."""
-    metrics = classification_metrics(seen[name].shape[1], sync_on_compute=False)
-    metrics.update(seen[name], seen["targets"])
-    is_foreign = [0] * len(seen[name]) + [1] * len(foreign[name])
+def classification_figures(parts: list[Seen], who: str) -> dict[str, float]:
+    """Metrics of one predictive over some sets together: the few images of one would make any ECE large."""
+    probs, targets = (torch.cat([part[name] for part in parts]) for name in (who, "targets"))
+    metrics = classification_metrics(probs.shape[1], sync_on_compute=False)
+    metrics.update(probs, targets)
+    return {name: float(value) for name, value in metrics.compute().items()}
 
-    def auroc(scores: str) -> float:
-        return float(roc_auc_score(is_foreign, torch.cat([seen[scores], foreign[scores]])))
 
-    seen["MAP total"], foreign["MAP total"] = (torch.special.entr(part["MAP"]).sum(-1) for part in (seen, foreign))
-    return {
-        **{metric: float(value) for metric, value in metrics.compute().items()},
-        "auroc_total": auroc("MAP total" if name == "MAP" else "total"),
-        "auroc_epistemic": None if name == "MAP" else auroc("epistemic"),
-        "auroc_novelty": auroc("novelty") if name == "ELLA" and "novelty" in seen else None,
+def detection(seen: Seen, foreign: Seen) -> dict[str, float]:
+    """AUROC and FPR95 of foreign images against the test images, by each uncertainty that there is."""
+    scores = [score for score in ("MAP total", *SCORES) if score in seen]
+    return {f"{what} {score}": value for score in scores for what, value in told(seen[score], foreign[score]).items()}
+
+
+def told(familiar: Tensor, foreign: Tensor) -> dict[str, float]:
+    """How well a score (n,) tells foreign images from familiar ones: AUROC, and FPR95, the share of false alarms."""
+    both = torch.cat([familiar, foreign])
+    is_foreign = torch.arange(len(both)) >= len(familiar)
+    false_positives = FalsePositiveRate()
+    false_positives.update(both, is_foreign)
+    # in [0, 1] by rank: torchmetrics would squash scores that leave it
+    ranks = both.unique(return_inverse=True)[1] / len(both)
+    return {"AUROC": float(binary_auroc(ranks, is_foreign.long())), "FPR95": float(false_positives.compute())}
+
+
+def figures(predictor: ELLAPredictor, data: Images, seen: Seen, results: dict) -> dict[str, Figure]:
+    """All plots, by name."""
+    both = {"MAP": seen["MAP"], "ELLA": seen["ELLA"]}
+    curves = tuning(predictor, some(data.holdout, TUNING_POINTS, 0), data.batch_size)
+    plots = {
+        "reliability": reliability_diagram(both, seen["targets"]),
+        "confidence": confidence_histograms(both, seen["targets"]),
+        "risk_coverage": risk_coverage(both, seen["targets"]),
+        "eigenvalues": eigenvalue_spectrum(predictor.eigenvalues),
+        "tuning": tuning_curves(curves, {name: float(getattr(predictor, name)) for name in SCALES}),
     }
+    if len(results) > 1:
+        errors = {who: [row[who]["ece"] for row in results.values()] for who in both}
+        plots["shift"] = calibration_under_shift(errors)
+    return plots
 
 
-def show(results: dict[str, dict[str, float | None]], num_test: int, folder: Path) -> None:
-    """Print the table and where the rest is."""
-    table = Table("", *COLUMNS.values(), title=f"{num_test:,} test images; AUROC against foreign images")
-    for name, row in results.items():
-        table.add_row(name, *("" if row[c] is None else f"{row[c]:.4f}" for c in COLUMNS))
-    console = Console()
+def tuning(predictor: ELLAPredictor, unseen: Dataset, batch_size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """NLL on unseen points as one scale after the other changes: variances tenfold, the temperature twofold."""
+    device = next(predictor.model.parameters()).device
+    loader = tqdm(DataLoader(unseen, batch_size), desc="ELLA on held-out images", unit="batch")
+    parts = [(*predictor.features(images.to(device)), targets.to(device)) for images, targets in loader]
+    logits, features, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+    chosen, curves = {name: getattr(predictor, name) for name in SCALES}, {}
+    for name in SCALES:
+        factors = torch.logspace(-1, 1, 9, 2 if name == "temperature" else 10).to(chosen[name])
+        values, losses = chosen[name] * factors, []
+        for value in values:
+            scales = chosen | {name: value}
+            posterior = type(predictor.posterior)(predictor.curvature, *scales.values())
+            gaussian = Gaussian(logits, posterior.factor(features), predictor.draws.to(features))
+            out = predictor.likelihood.predict(gaussian, "mc", scales["temperature"].to(logits))
+            losses.append(predictor.likelihood.nll(out, targets).mean())
+        curves[name] = values, torch.stack(losses)
+    return curves
+
+
+def most_uncertain(seen: Seen, data: Images) -> dict[str, Any]:
+    """The test images with the highest entropy, what they are and what is said of them."""
+    chosen = seen["total"].argsort(descending=True)[:SHOWN].tolist()
+    images = data.pixels(torch.stack([data.test[i][0] for i in chosen]))
+    name = lambda label: data.classes[int(label)]  # noqa: E731
+    columns = ["image", "label", "prediction", "confidence", *(score for score in SCORES if score in seen)]
+    rows, captions = [], []
+    for i in chosen:
+        confidence, predicted = seen["ELLA"][i].max(-1)
+        uncertainties = [float(seen[score][i]) for score in columns[4:]]
+        rows.append([name(seen["targets"][i]), name(predicted), float(confidence), *uncertainties])
+        right = "" if predicted == seen["targets"][i] else f", is {rows[-1][0]}"
+        total, epistemic, *_ = uncertainties
+        captions.append(f"{rows[-1][1]} ({confidence:.0%}){right}\ntotal {total:.2f}, epist. {epistemic:.2f}")
+    return {"images": images, "captions": captions, "columns": columns, "rows": rows}
+
+
+def show(results: dict, foreign: dict, num_test: int, console: Console) -> None:
+    """Print MAP beside ELLA for every split, and how well foreign images are told."""
+    table = Table("", "", *FIGURES.values(), title=f"{num_test:,} test images")
+    for split, row in results.items():
+        for who, values in row.items():
+            table.add_row(split if who == "MAP" else "", who, *(f"{values[name]:.4f}" for name in FIGURES))
     console.print(table)
-    console.print(f"Figures and report.json are in {folder}", soft_wrap=True)
+    scores = [name for name in next(iter(foreign.values())) if name.startswith("AUROC")]
+    columns = (name.removeprefix("AUROC ") for name in scores)
+    table = Table("", *columns, title="AUROC against foreign images, by MAP's entropy and ELLA's uncertainties")
+    for name, values in foreign.items():
+        table.add_row(name.removeprefix("foreign/"), *(f"{values[score]:.4f}" for score in scores))
+    console.print(table)
 
 
-def log(trainer: Trainer, results: dict[str, dict[str, float | None]], folder: Path, plots: list[str]) -> None:
-    """Send the figures to every logger, the plots to W&B."""
+def words(report: dict[str, Any], folder: Path, run: Path) -> str:
+    """What changed, in plain words, and what to do next; `run` is the folder with weights and posterior."""
+    before, after = report["test"]["MAP"], report["test"]["ELLA"]
+    gain = 1 - after["nll"] / before["nll"]
+    lines = [
+        f"The network is right on {before['accuracy']:.1%} of the test images; with ELLA on {after['accuracy']:.1%}.",
+        f"Its confidence was off by {100 * before['ece']:.1f} points on average (ECE), and now is by "
+        f"{100 * after['ece']:.1f}. The NLL {'fell' if gain > 0 else 'rose'} by {abs(gain):.1%}.",
+    ]
+    if gain < 0.005:
+        lines.append("That is no gain: the network was calibrated already, or the held-out images are too few to tell.")
+    name, values = max(report["foreign"].items(), key=lambda item: item[1].get("AUROC novelty", 0))
+    best = max((key for key in values if key.startswith("AUROC")), key=lambda key: values[key])
+    which, how = name.removeprefix("foreign/"), best.removeprefix("AUROC ")
+    lines.append(f"Foreign images ({which}) are told best by {how}: AUROC {values[best]:.3f}.")
+    lines += [
+        f"Figures and report.json are in {folder}",
+        "Next: look at reliability.png and most_uncertain.png there, or evaluate on other data:\n"
+        f"  python recipes/evaluate.py run={run} [data.root=…] [data.shifted=…]",
+    ]
+    return "\n".join(lines)
+
+
+def log(
+    loggers: list[Logger], results: dict, foreign: dict, folder: Path, plots: dict[str, Figure], uncertain: dict
+) -> None:
+    """Send the figures to every logger, the plots to those that take pictures."""
     flat = {
-        f"test/{name.lower()}/{metric}": value
-        for name, row in results.items()
-        for metric, value in row.items()
-        if value is not None
+        f"{split.replace(' ', '/')}/{who.lower()}/{name}": value
+        for split, row in results.items()
+        for who, values in row.items()
+        for name, value in values.items()
     }
-    for logger in trainer.loggers:
-        logger.log_metrics(flat, step=trainer.global_step)
+    flat |= {f"{name}/{what}": value for name, values in foreign.items() for what, value in values.items()}
+    flat = {name.replace(" ", "_"): value for name, value in flat.items()}
+    for logger in loggers:
+        logger.log_metrics(flat)
         if isinstance(logger, WandbLogger):
             for name in plots:
                 logger.log_image(f"test/{name}", [str(folder / f"{name}.png")])
+            log_uncertain(logger, uncertain)
+        elif isinstance(logger, TensorBoardLogger):
+            for name, figure in plots.items():
+                logger.experiment.add_figure(f"test/{name}", figure)
+
+
+def log_uncertain(logger: WandbLogger, uncertain: dict) -> None:
+    """The most uncertain images as a table that can be sorted."""
+    images = [wandb.Image(image.movedim(0, -1).squeeze(-1).numpy()) for image in uncertain["images"]]
+    rows = [[image, *row] for image, row in zip(images, uncertain["rows"], strict=True)]
+    logger.log_table("test/most_uncertain_images", uncertain["columns"], rows)
+
+
+def save_run(predictor: ELLAPredictor, config: dict[str, Any], folder: Path, loggers: list[Logger]) -> None:
+    """Keep what evaluate.py needs: configuration and weights, beside the posterior; in W&B as an artefact."""
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    save_model(predictor.model.network, str(folder / "weights.safetensors"))  # type: ignore[arg-type]
+    posterior = next(folder.rglob("ella.safetensors"))
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            artefact = wandb.Artifact(f"posterior-{logger.version}", "posterior", metadata={"rank": predictor.rank})
+            for file in (folder / "config.yaml", folder / "weights.safetensors", posterior):
+                artefact.add_file(str(file))
+            logger.experiment.log_artifact(artefact)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import hydra
 import torch
+from build import build
 from data import some
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from rich.console import Console
@@ -86,7 +86,7 @@ def row(predictor: ELLAPredictor, dataset: Dataset, reference: Tensor | None) ->
 def main(config: DictConfig) -> None:
     """Fit, compare, print, and write shortcuts.json."""
     seed_everything(config.seed, verbose=False)
-    data, module = instantiate(config.data), instantiate(config.model)
+    module, data = build(config)
     data.setup("fit")
     train, unseen, test = data.ella_train_dataloader(), data.holdout, some(data.test, config.num_test, config.seed)
     common = {"num_landmarks": config.num_landmarks, "rank": config.rank, "seed": config.seed}

@@ -2,38 +2,48 @@
 
 python recipes/train.py                                  # digits and a small ResNet
 python recipes/train.py experiment=cifar10_resnet20 data.root=<folder> model.checkpoint=<file> trainer.max_epochs=0
+python recipes/train.py --multirun sweep=optuna          # the numbers that matter most
 """
 
 from pathlib import Path
 from typing import cast
 
 import hydra
+from build import build
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
-from report import write_report
+from report import save_run, words, write_report
+
+FEW = 8  # images of each set under fast_dev_run
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def main(config: DictConfig) -> None:
-    """Build what the configuration names, fit, and report."""
+def main(config: DictConfig) -> float | None:
+    """Build what the configuration names, fit, and report; return the metric that a sweep goes by."""
     seed_everything(config.seed, workers=True, verbose=False)
     folder = Path(HydraConfig.get().runtime.output_dir)
     resolved = cast(dict, OmegaConf.to_container(config, resolve=True))
-    data, module, ella = instantiate(config.data), instantiate(config.model), instantiate(config.ella)
-    logger = instantiate(config.logger) if config.logger else False
-    if isinstance(logger, WandbLogger):
-        logger.log_hyperparams(resolved)
+    module, data = build(config)
+    ella, logger = instantiate(config.ella), instantiate(config.logger) if config.logger else False
     best = ModelCheckpoint(monitor="val/loss", save_last=True)
     trainer = instantiate(config.trainer, callbacks=[best, ella], logger=logger)
+    for each in trainer.loggers:
+        each.log_hyperparams(resolved)
     trainer.fit(module, data, ckpt_path=config.ckpt_path)
     if trainer.is_global_zero:
         if ella.predictor is None:
             raise SystemExit("ELLA could not be fitted: the reason is above. The checkpoints are kept.")
-        write_report(ella.predictor, data, trainer, resolved, folder)
+        if limit := FEW if config.trainer.fast_dev_run else config.max_images:
+            data.limit(limit)
+        fit = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        report = write_report(ella.predictor, data, resolved, folder, trainer.loggers, fit)
+        if not config.trainer.fast_dev_run:
+            save_run(ella.predictor, resolved, folder, trainer.loggers)
+        print(words(report, folder, folder))
+    return float(trainer.callback_metrics[config.objective])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,21 @@
+"""Network and data from a configuration, matched: classes and channels of the data, image size of the network."""
+
+from data import Images
+from hydra.utils import instantiate
+from models import Classifier
+from omegaconf import DictConfig
+
+
+def build(config: DictConfig) -> tuple[Classifier, Images]:
+    """The module, and the datamodule before its `setup`."""
+    data: Images = instantiate(config.data)
+    return build_network(config, data), data
+
+
+def build_network(config: DictConfig, data: Images) -> Classifier:
+    """A network for the data, which from now on prepare their images for it."""
+    from_data = {"num_classes": len(data.classes), "in_channels": data.channels}
+    chosen = {name: config.model.get(name) or value for name, value in from_data.items()}
+    module: Classifier = instantiate(config.model, **chosen)
+    data.preprocessing, data.channels = module.preprocessing, module.in_channels
+    return module
