@@ -1,8 +1,8 @@
-# make demo: handwritten digits, a small ResNet, and ELLA at the end.   make test: lint, types and tests.
+# make demo: handwritten digits, a small ResNet, and ELLA at the end.   make test: lint, types and tests.   make docs: the site.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test docs
 demo: .venv/recipes
 	$(BIN)/python recipes/train.py
 
@@ -11,6 +11,9 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/pytest -n 2 --dist loadfile
+
+docs: .venv/dev
+	$(BIN)/mkdocs build
 
 .venv/recipes: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,7 @@
 """Network and data from a configuration, matched: classes and channels of the data, image size of the network."""
 
 from data import Images
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from models import Classifier
 from omegaconf import DictConfig
@@ -8,6 +9,12 @@ from omegaconf import DictConfig
 
 def build(config: DictConfig) -> tuple[Classifier, Images]:
     """The module, and the datamodule before its `setup`."""
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    of_digits = str(chosen.get("experiment")).startswith("digit")
+    if of_digits and not str(chosen["data"]).startswith("digit"):
+        raise ValueError(
+            f"experiment={chosen['experiment']} is made for digits: pass experiment=own with data of your own."
+        )
     data: Images = instantiate(config.data)
     return build_network(config, data), data
 

@@ -52,8 +52,8 @@ def main(config: DictConfig) -> None:
     load_model(module.network, str(run / "weights.safetensors"))
     module.eval().to(torch.device(config.device))
     data.setup("test")
-    if stored.max_images:
-        data.limit(stored.max_images)
+    if limit := config.max_images or stored.max_images:
+        data.limit(limit)
     predictor = ELLAPredictor.load(next(run.rglob("ella.safetensors")), module)
     folder = Path(HydraConfig.get().runtime.output_dir)
     logger = [instantiate(config.logger)] if config.logger else []

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
 from torch.utils.data import DataLoader, Subset
 
 from lightning_ella import fit_ella
@@ -26,10 +25,13 @@ def _recipes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nll_and_ece_fall_on_images_nothing_was_chosen_on(real_data: tuple[Path, Path], checkpoint: str, fall: float):
     images, files = real_data
     torch.set_num_threads(2)
-    config = OmegaConf.load(ROOT / "conf/data/image_folder.yaml")
-    data = instantiate(config, root=images, split=files / "cifar10_split.npz")
+    overrides = ["experiment=cifar10_resnet20", f"data.root={images}", f"data.split={files}/cifar10_split.npz"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", [*overrides, f"model.checkpoint={files}/{checkpoint}.pt"])
+    from build import build
+
+    module, data = build(config)
     data.setup("fit")
-    module = instantiate(OmegaConf.load(ROOT / "conf/model/cifar_resnet.yaml"), checkpoint=files / f"{checkpoint}.pt")
     predictor = fit_ella(
         module,
         data.ella_train_dataloader(),

@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,17 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from PIL import Image
+from wandb.proto import wandb_internal_pb2
 
 QUICK = ["trainer.enable_progress_bar=false", "ella.num_landmarks=24", "ella.rank=4", "ella.num_curvature=24"]
 
 
-def run(recipe: str, tmp_path: Path, *overrides: str, python: Sequence[str] = ()) -> str:
+def run(recipe: str, tmp_path: Path, *overrides: str, python: Sequence[str] = (), folder: str = "run") -> str:
     """Run a recipe in `tmp_path`, with more arguments to Python if given; return what it printed."""
-    command = [sys.executable, *python, str(ROOT / "recipes" / recipe), f"hydra.run.dir={tmp_path}/run", *overrides]
+    output = [f"hydra.run.dir={tmp_path}/{folder}", f"hydra.sweep.dir={tmp_path}/{folder}"]
+    command = [sys.executable, *python, str(ROOT / "recipes" / recipe), *output, *overrides]
     environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,22 +54,83 @@ def image_folder(tmp_path: Path) -> Path:
 
 def test_the_digits_experiment_ends_with_table_report_figures_and_wandb(tmp_path: Path):
     report, printed = train(tmp_path, "trainer.max_epochs=1", *QUICK)
-    for column in ("accuracy", "NLL", "ECE", "Brier", "AUROC total", "AUROC epistemic", "AUROC novelty", "MAP", "ELLA"):
-        assert column in printed
+    for words in (
+        "accuracy",
+        "NLL",
+        "ECE",
+        "Brier",
+        "AUROC against foreign images",
+        "epistemic",
+        "novelty",
+        "MAP",
+        "ELLA",
+    ):
+        assert words in printed
+    for words in ("The network is right on", "are told best by", "python recipes/evaluate.py run="):
+        assert words in printed
     assert set(report["test"]) == {"MAP", "ELLA"}
-    assert 0 < report["test"]["ELLA"]["auroc_epistemic"] < 1
+    assert 0 < report["foreign"]["foreign/photographs"]["AUROC epistemic"] < 1
     assert report["num_test"] == 900
     assert report["config"]["ella"]["rank"] == 4
     assert report["fit"]["ella/nll"] > 0
     run = tmp_path / "run"
-    for name in ("reliability.png", "eigenvalues.png"):
-        with Image.open(run / name) as image:
+    plots = {"reliability", "confidence", "risk_coverage", "eigenvalues", "tuning", "most_uncertain"}
+    for name in plots:
+        with Image.open(run / f"{name}.png") as image:
             assert image.size[0] > 500
+            assert len(image.convert("L").getcolors()) > 20  # something is drawn
     (stored,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    content = stored.read_bytes()
-    for key in (b"ella/nll", b"test/ella/nll", b"test/reliability"):
-        assert key in content
-    assert list(run.rglob("ella.safetensors"))
+    kept = read_wandb(stored)
+    for who in ("map", "ella"):
+        for metric in ("nll", "ece", "brier", "accuracy", "aurc", "adaptive_ece"):
+            assert float(kept["history"][f"{who}/{metric}"]) == pytest.approx(report["fit"][f"{who}/{metric}"])
+            assert float(kept["history"][f"test/{who}/{metric}"]) == report["test"][who.upper()][metric]
+    pictures = {
+        name for name, kind in kept["history"].items() if name.endswith("/_type") and kind == '"images/separated"'
+    }
+    assert pictures == {f"test/{name}/_type" for name in plots}
+    assert kept["history"]["test/most_uncertain_images/_type"] == '"table-file"'
+    assert kept["config"]["ella"]["rank"] == 4
+    assert kept["artefacts"]["posterior"] == {"config.yaml", "weights.safetensors", "ella.safetensors"}
+    again = json.loads(evaluate(tmp_path, f"run={run}").read_text())
+    assert (again["test"], again["foreign"]) == (report["test"], report["foreign"])
+    limited = json.loads(evaluate(tmp_path, f"run={run}", "max_images=20").read_text())
+    assert limited["num_test"] == 20
+
+
+def evaluate(tmp_path: Path, *overrides: str) -> Path:
+    """Run recipes/evaluate.py; return report.json."""
+    run("evaluate.py", tmp_path, *overrides, folder="again")
+    return tmp_path / "again" / "report.json"
+
+
+def records(content: bytes, block: int = 2**15) -> Iterator[bytes]:
+    """The records of a LevelDB log after W&B's header of 7 bytes: each is in one piece or more, none across blocks."""
+    at, joined = 7, b""
+    while at + 7 <= len(content):
+        if block - at % block < 7:
+            at += block - at % block
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        joined += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or last
+            yield joined
+            joined = b""
+
+
+def read_wandb(file: Path) -> dict:
+    """What W&B's offline mode wrote: the latest of each figure, the configuration, and the artefacts' files."""
+    kept: dict = {"history": {}, "config": {}, "artefacts": {}}
+    for data in records(file.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(data)
+        for item in record.history.item:
+            kept["history"]["/".join(item.nested_key) or item.key] = item.value_json
+        for item in record.config.update:
+            kept["config"][item.key] = json.loads(item.value_json)
+        for request in (record.request.log_artifact.artifact, record.artifact):
+            if request.type:
+                kept["artefacts"][request.type] = {entry.path for entry in request.manifest.contents}
+    return kept
 
 
 def test_the_cifar_experiment_takes_any_image_folder_a_split_and_a_checkpoint(tmp_path: Path, image_folder: Path):
@@ -73,8 +138,9 @@ def test_the_cifar_experiment_takes_any_image_folder_a_split_and_a_checkpoint(tm
         "experiment=cifar10_resnet20",
         f"data.root={image_folder}",
         f"data.split={tmp_path}/split.npz",
-        "model.network.num_classes=2",
-        "model.network.depth=8",
+        "model.num_classes=2",
+        "model.depth=8",
+        "data.holdout=20",
         "logger=csv",
         *QUICK,
     ]
@@ -104,7 +170,7 @@ def test_the_study_compares_rivals_and_ablations_and_writes_what_it_found(tmp_pa
 
 
 def test_the_shortcuts_are_compared_on_any_image_folder(tmp_path: Path, image_folder: Path):
-    network = ["model.network.num_classes=2", "model.network.depth=8", "num_landmarks=24", "rank=4"]
+    network = ["model.num_classes=2", "model.depth=8", "num_landmarks=24", "rank=4"]
     sizes = ["num_curvature=40", "stop_every=10", "num_calibration=20", "num_test=8", "memory_budget=4000000"]
     run("shortcuts.py", tmp_path, f"data.root={image_folder}", f"data.split={tmp_path}/split.npz", *network, *sizes)
     rows = json.loads((tmp_path / "run" / "shortcuts.json").read_text())
@@ -145,3 +211,127 @@ def test_the_slurm_launcher_composes(monkeypatch: pytest.MonkeyPatch):
     assert (config.trainer.devices, config.trainer.num_nodes, config.trainer.strategy) == (8, 2, "ddp")
     assert config.hydra.launcher.gpus_per_node == 4
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+
+
+EXPERIMENTS = sorted(file.stem for file in (ROOT / "conf/experiment").glob("*.yaml"))
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    """Ten images of each of two classes, where any experiment finds them."""
+    generator = np.random.default_rng(0)
+    for part in ("train", "test", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(10):
+                pixels = generator.integers(0, 255, (40, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return tmp_path / "images"
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_runs(
+    experiment: str, stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import train
+
+    overrides = [f"experiment={experiment}", "trainer.fast_dev_run=true", "logger=none", f"hydra.run.dir={tmp_path}"]
+    overrides += ["hydra.runtime.output_dir=" + str(tmp_path), "trainer.enable_progress_bar=false"]
+    if not experiment.startswith("digit"):
+        overrides += [f"data.root={stand_ins}", "data.holdout=5", "data.batch_size=4", "data.num_workers=0"]
+    if experiment.startswith("imagenet"):
+        overrides += ["model.pretrained=false", "trainer.max_epochs=0"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    try:
+        objective = train.main.__wrapped__(config)
+    finally:
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    assert objective > 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["test"]["ELLA"]["nll"] > 0
+
+
+@pytest.mark.parametrize("model", ["timm model.name=resnet18", "torchvision model.name=mobilenet_v3_small"])
+def test_any_classifier_by_name_goes_from_training_to_evaluation_on_corrupted_images(
+    model: str, tmp_path: Path, stand_ins: Path
+):
+    overrides = [
+        "experiment=own",
+        f"model={model.split()[0]}",
+        model.split()[1],
+        "model.pretrained=false",
+        "data=image_folder",
+    ]
+    overrides += [f"data.root={stand_ins}", "data.holdout=5", "data.image_size=32", "data.batch_size=4", "max_images=6"]
+    overrides += ["trainer.max_epochs=1", "logger=csv", "ella.num_landmarks=8", "ella.rank=2"]
+    report, _ = train(tmp_path, *overrides)
+    assert report["num_test"] == 6
+    shifted = tmp_path / "shifted"
+    for severity in ("1", "5"):
+        shutil.copytree(stand_ins / "test", shifted / "fog" / severity)
+    again = json.loads(evaluate(tmp_path, f"run={tmp_path}/run", f"data.shifted={shifted}").read_text())
+    assert again["test"] == report["test"]
+    assert set(again) > {"severity 1", "severity 5"}
+    assert (tmp_path / "again" / "shift.png").stat().st_size > 10_000
+
+
+def test_a_run_is_fetched_from_wandb_or_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import evaluate
+    import wandb
+
+    for name in ("config.yaml", "weights.safetensors"):
+        (tmp_path / name).touch()
+
+    class Api:
+        def artifact(self, name: str, type: str):
+            assert (name, type) == ("me/lightning-ella/posterior-1a2b:latest", "posterior")
+            return self
+
+        def download(self) -> str:
+            return str(tmp_path)
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    assert evaluate.folder_of("me/lightning-ella/posterior-1a2b:latest") == tmp_path
+    with pytest.raises(SystemExit, match=r"has no config\.yaml and no weights\.safetensors: pass run="):
+        evaluate.folder_of(str(tmp_path / "nowhere"))
+
+
+def test_a_sweep_runs_over_lists_and_optuna_minimises_the_nll_on_held_out_images(tmp_path: Path):
+    common = ["trainer.max_epochs=1", "logger=none", "max_images=20", "data.holdout=60", *QUICK]
+    quick = [override for override in common if not override.startswith("ella.rank")]
+    run("train.py", tmp_path, "--multirun", "ella.rank=2,4", *quick, folder="grid")
+    ranks = [json.loads((tmp_path / f"grid/{i}/report.json").read_text())["config"]["ella"]["rank"] for i in (0, 1)]
+    assert ranks == [2, 4]
+    run("train.py", tmp_path, "--multirun", "sweep=optuna", "hydra.sweeper.n_trials=2", *common, folder="search")
+    found = OmegaConf.load(tmp_path / "search/optimization_results.yaml")
+    reports = [json.loads((tmp_path / f"search/{i}/report.json").read_text()) for i in (0, 1)]
+    assert found.best_value == pytest.approx(min(report["fit"]["ella/nll"] for report in reports))
+
+
+def test_ddp_is_a_choice_of_trainer_and_tensorboard_one_of_logger(tmp_path: Path):
+    overrides = ["trainer=ddp", "trainer.devices=2", "trainer.max_epochs=1", "logger=tensorboard", "data.train=64"]
+    report, printed = train(tmp_path, *overrides, "max_images=20", *QUICK)
+    assert report["config"]["trainer"]["strategy"] == "ddp"
+    assert printed.count("AUROC against foreign images") == 1
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    for tag in (b"test/ella/nll", b"test/reliability", b"ella/temperature"):
+        assert tag in events.read_bytes()
+
+
+def test_the_rules_for_the_basis_are_compared(tmp_path: Path):
+    sizes = ["num_calibration=40", "num_test=20", "num_corrupted=2", "num_foreign=10", "data.train=200", "data.test=60"]
+    printed = run("bases.py", tmp_path, "trainer.max_epochs=1", "model.width=4", *sizes, *QUICK)
+    rows = json.loads((tmp_path / "run" / "bases.json").read_text())
+    assert len(rows) == 5
+    for row in rows.values():
+        assert 0 < row["curvature"] < 1
+        assert 0 < row["kernel"] < 1
+    krylov, paper = rows["block Krylov on the curvature"], rows["uniform outputs (the paper)"]
+    assert krylov["curvature"] > paper["curvature"]
+    assert "corrupted NLL, all" in printed
