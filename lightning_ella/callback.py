@@ -115,6 +115,7 @@ class ELLACallback(Callback):
         self._predictor = None  # it belongs to other weights than those that this fit ends with
         _files(trainer).pop(str(self.path), None)
         if isinstance(getattr(pl_module, "ella", None), ELLAPredictor):
+            pl_module._modules.pop("ella", None)  # the user's `module.ella = ELLAPredictor.load(…)` registers it
             object.__setattr__(pl_module, "ella", None)
         others = [other for other in trainer.callbacks if isinstance(other, ELLACallback) and other is not self]  # type: ignore[attr-defined]
         if any(str(other.path) == str(self.path) for other in others):

@@ -365,7 +365,8 @@ def _say(posterior: Posterior, figures: dict[str, float], count: int, chosen: li
     if posterior.temperature < CERTAIN or figures["ella/nll"] > figures["map/nll"] - 1e-4:
         log.warning(
             "ELLA: the calibration points ask for no uncertainty (accuracy %.1f %%). Either the network is not "
-            "overconfident, or it was trained on them: pass calibration_loader= a loader of data never trained on.",
+            "overconfident (trained too little?), or it was trained on them: pass calibration_loader= a loader of data "
+            "never trained on.",
             100 * figures["map/accuracy"],
         )
     if count < FEW and chosen:

@@ -148,8 +148,18 @@ def version(tensor: Tensor) -> int:
 
 
 def num_samples(inputs: Inputs) -> int:
-    """B, the length of the first axis of every tensor in `inputs`."""
-    return next(leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    """B, the length of the first axis of every tensor in `inputs`.
+
+    Raises:
+        TypeError: if there is no tensor in them.
+    """
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor):
+            return leaf.shape[0]
+    raise TypeError(
+        f"ELLA finds no tensor in inputs that are a {type(inputs).__name__}: pass unpack= that gives a tensor, or a "
+        "dict, list or tuple of them, such as dict(batch)."
+    )
 
 
 def rows(inputs: Inputs, part: slice) -> Inputs:

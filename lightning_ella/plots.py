@@ -68,7 +68,7 @@ def risk_coverage(probs: dict[str, Tensor], targets: Tensor) -> "Figure":
         confidence, labels = predicted.cpu().max(1)
         wrong = (labels != targets.cpu())[confidence.argsort(descending=True, stable=True)].double()
         count = torch.arange(1, len(wrong) + 1)
-        axes.plot(count / len(wrong), wrong.cumsum(0) / count, linewidth=1.2, label=name)
+        axes.plot((count / len(wrong)).numpy(), (wrong.cumsum(0) / count).numpy(), linewidth=1.2, label=name)
     axes.set(xlabel="coverage: share of predictions kept", ylabel="error rate among them", xlim=(0, 1))
     axes.set_title("Risk and coverage: low is right")
     axes.grid(alpha=0.3)
@@ -93,7 +93,7 @@ def confidence_histograms(probs: dict[str, Tensor], targets: Tensor, num_bins: i
         right = labels == targets.cpu()
         for kind, meaning in ((right, "right"), (~right, "wrong")):
             share = f"{meaning}: {float(kind.double().mean()):.1%}"
-            axes.hist(confidence[kind].numpy(), num_bins, (0, 1), histtype="step", linewidth=1.5, label=share)
+            axes.hist(confidence[kind].numpy(), num_bins, range=(0, 1), histtype="step", linewidth=1.5, label=share)
         axes.set(title=name, xlabel="confidence", yscale="log")
         axes.legend(loc="upper left", fontsize="small")
     panels[0].set_ylabel("predictions")
@@ -112,7 +112,7 @@ def tuning_curves(curves: dict[str, tuple[Tensor, Tensor]], chosen: dict[str, fl
     figure = Figure(figsize=(3.2 * len(curves), 3), layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (name, (values, losses)) in zip(panels, curves.items(), strict=True):
-        axes.semilogx(values.cpu(), losses.cpu(), marker="o", markersize=3)
+        axes.semilogx(values.cpu().numpy(), losses.cpu().numpy(), marker="o", markersize=3)
         axes.axvline(chosen[name], color="0.5", linestyle="--", linewidth=1, label=f"chosen: {chosen[name]:.3g}")
         axes.set(xlabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
@@ -137,7 +137,7 @@ def image_grid(images: Tensor, captions: list[str], columns: int = 6) -> "Figure
     for axes in panels:
         axes.axis("off")
     for axes, image, caption in zip(panels, images.cpu(), captions, strict=False):
-        axes.imshow(image.movedim(0, -1).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(image.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(caption, fontsize=8)
     return figure
 
@@ -149,7 +149,7 @@ def eigenvalue_spectrum(eigenvalues: Tensor) -> "Figure":
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.semilogy(range(1, len(eigenvalues) + 1), eigenvalues.cpu(), marker="o", markersize=4)
+    axes.semilogy(range(1, len(eigenvalues) + 1), eigenvalues.cpu().numpy(), marker="o", markersize=4)
     axes.set(xlabel="direction k", ylabel="kernel eigenvalue / M", title=f"Leading {len(eigenvalues)} eigenvalues")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -165,7 +165,7 @@ def _draw_reliability(
     right = bins.bincount((predicted == targets).double(), num_bins) / count
     mean = bins.bincount(confidence.double(), num_bins) / count
     filled = count > 0
-    (line,) = upper.plot(mean[filled], right[filled], marker="o", markersize=4, label=name)
+    (line,) = upper.plot(mean[filled].numpy(), right[filled].numpy(), marker="o", markersize=4, label=name)
     shift, width = place
     edges = [(b + shift) / num_bins for b in range(num_bins)]
-    lower.bar(edges, count / count.sum(), width / num_bins, align="edge", color=line.get_color())
+    lower.bar(edges, (count / count.sum()).tolist(), width / num_bins, align="edge", color=line.get_color())

@@ -6,16 +6,18 @@ Probes are made from a seed when a predictor is made, held beside the basis, and
 import torch
 from torch import Tensor
 
+FEWEST = 10  # a single variance is then off by 45 % (standard deviation), and novelty, a sum over outputs, by less
+
 
 def num_probes(residual: str | int, rank: int, *, reverse: bool) -> int:
     """m: none, as many as given, or as many as are cheap.
 
     In forward mode a probe costs as much as a direction of the basis: half as many. In reverse mode it costs less:
-    twice as many.
+    twice as many. Never fewer than `FEWEST`: novelty would be noise.
     """
     if isinstance(residual, int):
         return residual
-    return {"none": 0, "auto": 2 * rank if reverse else max(1, rank // 2)}[residual]
+    return {"none": 0, "auto": max(FEWEST, 2 * rank if reverse else rank // 2)}[residual]
 
 
 def with_probes(basis: dict[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:

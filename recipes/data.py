@@ -471,9 +471,16 @@ def unlabelled(images: Tensor) -> Dataset:
 
 
 def photo_patches(size: int, count: int = 500) -> Tensor:
-    """Patches (count, 3, size, size) in [0, 1] of scikit-learn's two photographs."""
+    """Patches (count, 3, size, size) in [0, 1] of scikit-learn's two photographs, side by side if there are enough."""
     photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images]).movedim(-1, 1) / 255
-    patches = photos.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    if min(photos.shape[-2:]) < 2 * size:
+        photos = v2.functional.resize(photos, [2 * size], antialias=True)
+    step = size
+    while (
+        len(patches := photos.unfold(2, size, step).unfold(3, size, step).permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
+        < count
+    ):
+        step //= 2
     return patches[:: len(patches) // count][:count].contiguous()
 
 

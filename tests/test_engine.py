@@ -307,3 +307,32 @@ def test_chunks_shrink_with_the_memory_budget():
 
 def test_some_memory_is_free():
     assert 2**20 < free_memory(torch.device("cpu")) < 2**50
+
+
+class SeparateKeys(nn.Module):
+    """Attention with a key bias, which the softmax ignores: its gradient is nothing but rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = nn.functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        return self.head(mixed.mean(1))
+
+
+def test_a_parameter_of_no_influence_does_not_lose_the_fast_route(caplog: pytest.LogCaptureFixture):
+    torch.manual_seed(0)
+    model, x = SeparateKeys(), torch.randn(4, 9, 16)
+    with as_function(model), caplog.at_level("INFO", "lightning_ella"):
+        list(Linearization(model).gradients(x, torch.zeros(4, dtype=torch.long)))
+    assert "have no rule" not in caplog.text
+
+
+def test_inputs_without_a_tensor_are_refused_with_what_to_pass():
+    from collections import UserDict
+
+    model = nn.Linear(2, 3)
+    with as_function(model), pytest.raises(TypeError, match=r"no tensor in inputs that are a UserDict.*dict\(batch\)"):
+        Linearization(model, lambda module, inputs: module(inputs["x"])).logits(UserDict(x=torch.zeros(2, 2)))

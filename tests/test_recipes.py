@@ -244,9 +244,11 @@ def test_every_experiment_composes_and_runs(
         overrides += [f"data.root={stand_ins}", "data.holdout=5", "data.batch_size=4", "data.num_workers=0"]
     if experiment.startswith("imagenet"):
         overrides += ["model.pretrained=false", "trainer.max_epochs=0"]
+    if experiment == "own":
+        overrides += ["data=image_folder", "model.depth=8"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", overrides, return_hydra_config=True)
-    HydraConfig.instance().set_config(config)
+        HydraConfig.instance().set_config(compose("config", overrides, return_hydra_config=True))
+        config = compose("config", overrides)
     try:
         objective = train.main.__wrapped__(config)
     finally:

@@ -56,15 +56,25 @@ def test_probes_are_made_again_from_the_seed_and_not_written(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("residual", "reverse", "expected"), [("auto", False, 10), ("auto", True, 40), ("none", True, 0), (7, True, 7)]
+    ("residual", "rank", "reverse", "expected"),
+    [
+        ("auto", 40, False, 20),
+        ("auto", 40, True, 80),
+        ("auto", 5, False, 10),
+        ("auto", 2, True, 10),
+        ("none", 20, True, 0),
+        (7, 20, True, 7),
+    ],
 )
-def test_as_many_probes_as_are_cheap(residual: str | int, reverse: bool, expected: int):
-    assert num_probes(residual, 20, reverse=reverse) == expected
+def test_as_many_probes_as_are_cheap_but_not_so_few_that_they_say_nothing(
+    residual: str | int, rank: int, reverse: bool, expected: int
+):
+    assert num_probes(residual, rank, reverse=reverse) == expected
 
 
 def test_the_engine_decides_how_many_are_cheap():
-    case, calibrated = make_case("mlp"), {"num_landmarks": 30, "rank": 4}
-    for engine, expected in (("forward", 2), ("layerwise", 8), ("auto", 8)):
+    case, calibrated = make_case("mlp"), {"num_landmarks": 30, "rank": 6}
+    for engine, expected in (("forward", 10), ("layerwise", 12), ("auto", 12)):
         predictor = fit_ella(case.model, case.loader(), case.loader(), engine=engine, **calibrated)
         assert predictor.settings["residual"] == expected
 
