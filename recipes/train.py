@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from report import save_run, words, write_report
 
-FEW = 8  # images of each set under fast_dev_run
+FEW = 2  # images of each set under fast_dev_run
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
