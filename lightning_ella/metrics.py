@@ -152,7 +152,7 @@ class FalsePositiveRate(_Collected):
         self.is_foreign.append(is_foreign.bool())
 
     def compute(self) -> Tensor:
-        """#(familiar ≥ threshold) / #familiar."""
+        """Share of the familiar points at or above the threshold, ()."""
         scores, is_foreign = dim_zero_cat(self.scores), dim_zero_cat(self.is_foreign)
         foreign, familiar = scores[is_foreign].sort(descending=True).values, scores[~is_foreign]
         if not len(foreign) or not len(familiar):
