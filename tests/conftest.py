@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -185,3 +187,17 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with tarfile.open(archive) as tar:
         tar.extractall(images, filter="data")
     return images, source
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    """Ten images of each of two classes, where any experiment finds them."""
+    generator = np.random.default_rng(0)
+    for part in ("train", "test", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(10):
+                pixels = generator.integers(0, 255, (40, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return tmp_path / "images"

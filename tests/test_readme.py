@@ -38,8 +38,7 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
         "unseen_loader": data.val_dataloader(),
     }
     if "ella.predictor" in (text := "\n".join(blocks(page, "python"))) and "ELLACallback" not in text:
-        with pytest.warns():  # few points
-            names["ella"] = fitted(names)
+        names["ella"] = fitted(names)
     for block in blocks(page, "python"):
         exec(compile(small(block), str(page), "exec"), names)
 

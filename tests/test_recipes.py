@@ -213,55 +213,6 @@ def test_the_slurm_launcher_composes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
 
 
-EXPERIMENTS = sorted(file.stem for file in (ROOT / "conf/experiment").glob("*.yaml"))
-
-
-@pytest.fixture
-def stand_ins(tmp_path: Path) -> Path:
-    """Ten images of each of two classes, where any experiment finds them."""
-    generator = np.random.default_rng(0)
-    for part in ("train", "test", "val"):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "images" / part / name
-            folder.mkdir(parents=True)
-            for i in range(10):
-                pixels = generator.integers(0, 255, (40, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.jpg")
-    return tmp_path / "images"
-
-
-@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_and_runs(
-    experiment: str, stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import train
-
-    overrides = [f"experiment={experiment}", "trainer.fast_dev_run=true", "logger=none", f"hydra.run.dir={tmp_path}"]
-    overrides += ["hydra.runtime.output_dir=" + str(tmp_path), "trainer.enable_progress_bar=false"]
-    if not experiment.startswith("digit"):
-        overrides += [f"data.root={stand_ins}", "data.holdout=5", "data.batch_size=4", "data.num_workers=0"]
-    if experiment.startswith("imagenet"):
-        overrides += ["model.pretrained=false", "trainer.max_epochs=0"]
-    if experiment.startswith("imagenet_resnet"):
-        overrides += ["data.image_size=64"]
-    if experiment == "imagenet_vit_b16":
-        overrides += ["model.name=vit_tiny_patch16_224"]  # ViT-B/16 takes minutes on two cores
-    if experiment == "own":
-        overrides += ["data=image_folder", "model.depth=8"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        HydraConfig.instance().set_config(compose("config", overrides, return_hydra_config=True))
-        config = compose("config", overrides)
-    try:
-        objective = train.main.__wrapped__(config)
-    finally:
-        monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    assert objective > 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["test"]["ELLA"]["nll"] > 0
-
-
 @pytest.mark.parametrize("model", ["timm model.name=resnet18", "torchvision model.name=mobilenet_v3_small"])
 def test_any_classifier_by_name_goes_from_training_to_evaluation_on_corrupted_images(
     model: str, tmp_path: Path, stand_ins: Path
