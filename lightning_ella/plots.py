@@ -1,5 +1,6 @@
 """Figures, with matplotlib (in the extra `recipes`)."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,12 +33,15 @@ def reliability_diagram(probs: dict[str, Tensor], targets: Tensor, num_bins: int
     return figure
 
 
-def calibration_under_shift(errors: dict[str, list[float]], label: str = "ECE") -> "Figure":
+def calibration_under_shift(
+    errors: dict[str, list[float]], label: str = "ECE", severities: Sequence[str] | None = None
+) -> "Figure":
     """A figure of several predictives as the data move away from those of the training.
 
     Args:
         errors: name -> a number for each severity, 0 for none first.
         label: what the number is.
+        severities: what they are called; 0, 1, 2, … by default.
     """
     from matplotlib.figure import Figure
 
@@ -46,7 +50,7 @@ def calibration_under_shift(errors: dict[str, list[float]], label: str = "ECE") 
     for name, values in errors.items():
         axes.plot(range(len(values)), values, marker="o", markersize=4, label=name)
     axes.set(xlabel="severity of the corruption (0: none)", ylabel=label, title="Calibration under shift: low is right")
-    axes.set_xticks(range(max(map(len, errors.values()))))
+    axes.set_xticks(range(max(map(len, errors.values()))), severities)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", fontsize="small")
@@ -95,7 +99,7 @@ def confidence_histograms(probs: dict[str, Tensor], targets: Tensor, num_bins: i
             share = f"{meaning}: {float(kind.double().mean()):.1%}"
             axes.hist(confidence[kind].numpy(), num_bins, range=(0, 1), histtype="step", linewidth=1.5, label=share)
         axes.set(title=name, xlabel="confidence", yscale="log")
-        axes.legend(loc="upper left", fontsize="small")
+        axes.legend(loc="best", fontsize="small")
     panels[0].set_ylabel("predictions")
     return figure
 
@@ -112,7 +116,8 @@ def tuning_curves(curves: dict[str, tuple[Tensor, Tensor]], chosen: dict[str, fl
     figure = Figure(figsize=(3.2 * len(curves), 3), layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (name, (values, losses)) in zip(panels, curves.items(), strict=True):
-        axes.semilogx(values.cpu().numpy(), losses.cpu().numpy(), marker="o", markersize=3)
+        axes.plot(values.cpu().numpy(), losses.cpu().numpy(), marker="o", markersize=3)
+        axes.set_xscale("log" if values.max() > 10 * values.min() else "linear")
         axes.axvline(chosen[name], color="0.5", linestyle="--", linewidth=1, label=f"chosen: {chosen[name]:.3g}")
         axes.set(xlabel=name.replace("_", " "))
         axes.grid(alpha=0.3)

@@ -24,5 +24,13 @@ def build_network(config: DictConfig, data: Images) -> Classifier:
     from_data = {"num_classes": len(data.classes), "in_channels": data.channels}
     chosen = {name: config.model.get(name) or value for name, value in from_data.items()}
     module: Classifier = instantiate(config.model, **chosen)
+    wanted = module.preprocessing.size if module.preprocessing else data.fixed_size
+    if chosen["num_classes"] < len(data.classes):
+        raise ValueError(f"model.num_classes={chosen['num_classes']}, but the data have {len(data.classes)} classes.")
+    if data.fixed_size and (wanted, module.in_channels) != (data.fixed_size, data.channels):
+        raise ValueError(
+            f"the network takes {module.in_channels} x {wanted} x {wanted} numbers, but these data are "
+            f"{data.channels} x {data.fixed_size} x {data.fixed_size}: choose data= of your own, or model=cifar_resnet."
+        )
     data.preprocessing, data.channels = module.preprocessing, module.in_channels
     return module

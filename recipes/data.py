@@ -1,6 +1,7 @@
 """Datamodules of the recipes: training data with and without augmentation, a true hold-out, test data, other inputs."""
 
 import gzip
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from torchvision import datasets
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Preprocessing:
 
 
 NUM_CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "MNIST": 10, "FashionMNIST": 10, "SVHN": 10}
+LARGE = 100  # foreign images of each kind where they are large
 PARTS = "train", "test"
 SMALL = 64  # pixels: up to here, cutting a part out would leave too little
 
@@ -75,6 +79,7 @@ class Images(LightningDataModule):
     classes: list[str]
     channels = 3
     preprocessing: Preprocessing | None = None  # what the network wants, if it wants anything
+    fixed_size: int | None = None  # of images that are taken as they are
 
     train: Dataset
     clean: Dataset
@@ -108,8 +113,8 @@ class Images(LightningDataModule):
         return self._loader(next(iter(self.foreign.values())))
 
     def limit(self, count: int) -> None:
-        """Keep some of the images that a report looks at, of each set."""
-        self.holdout, self.test = some(self.holdout, count, 0), some(self.test, count, 0)
+        """Keep some of the images that a report looks at, of each set but the held-out one."""
+        self.test = some(self.test, count, 0)
         for sets in (self.foreign, self.shifted):
             sets |= {name: some(dataset, count, 0) for name, dataset in sets.items()}
 
@@ -131,7 +136,7 @@ class Digits(Images):
 
     def __init__(self, train: int = 997, holdout: int = 300, batch_size: int = 64, seed: int = 0):
         super().__init__(batch_size)
-        self.num_train, self.num_holdout, self.seed = train, holdout, seed
+        self.num_train, self.num_holdout, self.seed, self.fixed_size = train, holdout, seed, 8
         self.mean, self.std, self.channels = (0.5,), (0.5,), 1
         self.classes = [str(digit) for digit in range(10)]
 
@@ -181,9 +186,9 @@ class Pictures(Images):
     """Pictures of any size, cut and normalised as the network wants them: subclasses say where they are.
 
     Args:
-        holdout: images to hold out of the training images, where there is no split file.
+        holdout: images to hold out of the training images, where there is no split file; a fifth if it is over half.
         split: an npz file with index arrays `train` and `heldout` into the training images (by class, then file name).
-        holdout_from: "test" for a network that was trained on all training images: half of the test images at most.
+        holdout_from: "test" for a network that was trained on all training images.
         image_size: of the square; None takes what the network wants, else the data's own.
         mean: of the channels, to normalise with; None as above.
         std: of the channels, to normalise with; None as above.
@@ -214,6 +219,8 @@ class Pictures(Images):
         seed: int = 0,
     ):
         super().__init__(batch_size, num_workers)
+        if holdout < 1:
+            raise ValueError(f"data.holdout={holdout}: ELLA is calibrated on images that are held out, 200 or more.")
         self.num_holdout, self.split, self.holdout_from, self.seed = holdout, split, holdout_from, seed
         self.given = {"size": image_size, "mean": mean and tuple(mean), "std": std and tuple(std)}
         self.foreign_folders, self.shifted_folder = foreign_folders or {}, shifted
@@ -239,22 +246,35 @@ class Pictures(Images):
             self.train, self.clean = Subset(self.train, rest), Subset(self.clean, rest)
         else:
             self.test, self.holdout = Subset(self.test, rest), Subset(self.test, held)
-        noise = torch.rand(500, 3, take.size, take.size, generator=torch.Generator().manual_seed(self.seed))
-        pixels = {"digits": enlarged_digits, "photographs": photo_patches, "noise": lambda _: noise}
+        count = None if take.size <= SMALL else LARGE
+        noise = torch.Generator().manual_seed(self.seed)
+        pixels = {
+            "digits": lambda: enlarged_digits(take.size, count),
+            "photographs": lambda: photo_patches(take.size, count or 500),
+            "noise": lambda: torch.rand(count or 500, 3, take.size, take.size, generator=noise),
+        }
         for name in self.made:
-            images = pixels[name](take.size)
+            images = pixels[name]()
             images = images.mean(1, keepdim=True) if self.channels == 1 else images
             self.foreign[name] = unlabelled(self.normalise(images))
         self.foreign |= {name: Transformed(Files(folder), clean) for name, folder in self.foreign_folders.items()}
         if self.shifted_folder:
-            self.shifted = {name: Transformed(part, clean) for name, part in shifted(Path(self.shifted_folder)).items()}
+            found = shifted(Path(self.shifted_folder), self.classes)
+            self.shifted = {name: Transformed(part, clean) for name, part in found.items()}
 
     def _indices(self, total: int) -> tuple[list[int], list[int]]:
         if self.split is not None:
             indices = np.load(self.split)
+            if max(indices["train"].max(), indices["heldout"].max()) >= total:
+                raise ValueError(
+                    f"{self.split} is a split of more than the {total} images: pass the one of these data."
+                )
             return indices["train"].tolist(), indices["heldout"].tolist()
+        held = self.num_holdout
+        if held > total // 2:
+            held = max(1, total // 5)
+            log.warning("data.holdout=%d is too many of %d images: %d are held out.", self.num_holdout, total, held)
         order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed)).tolist()
-        held = min(self.num_holdout, total // 2)
         return order[held:], order[:held]
 
 
@@ -305,6 +325,8 @@ class Known(Pictures):
             raise ValueError(f"data.name={name} is not one of {', '.join(NUM_CLASSES)}.")
         self.dataset, self.root, self.download = name, Path(root), download
         self.classes = [str(label) for label in range(NUM_CLASSES[name])]
+        if (self.root / "train").is_dir():
+            self.classes = sorted(entry.name for entry in (self.root / "train").iterdir() if entry.is_dir())
         if name.endswith("MNIST"):
             self.own, self.channels = Preprocessing(28, (0.5,), (0.5,)), 1
         self.flip = name.startswith("CIFAR") or name == "FashionMNIST"
@@ -313,7 +335,8 @@ class Known(Pictures):
 
     def raw(self) -> tuple[Dataset, Dataset]:
         if (self.root / "train").is_dir():
-            return ImageFolder(self.root / "train"), ImageFolder(self.root / "test")
+            train = of_classes(ImageFolder(self.root / "train"), self.classes)
+            return train, of_classes(ImageFolder(self.root / "test"), self.classes)
         if (self.root / "train-images-idx3-ubyte.gz").exists():
             return self._idx("train"), self._idx("t10k")
         parts = [
@@ -325,6 +348,7 @@ class Known(Pictures):
             raise ValueError(
                 f"{self.dataset} is not in {self.root}: pass data.root=<its folder> or data.download=true."
             ) from error
+        self.classes = getattr(train, "classes", self.classes)
         return train, test
 
     def _idx(self, part: str) -> Dataset:
@@ -371,6 +395,13 @@ class HuggingFace(Pictures):
 
     def raw(self) -> tuple[Dataset, Dataset]:
         return self.parts[0], self.parts[1]
+
+
+def of_classes(folder: ImageFolder, classes: list[str]) -> ImageFolder:
+    """The same images, if their classes are `classes`; else their labels would mean something else."""
+    if folder.classes != classes:
+        raise ValueError(f"{folder.root} has the classes {folder.classes}, not {classes}: rename or add folders.")
+    return folder
 
 
 class Transformed(Dataset):
@@ -433,7 +464,8 @@ class Rows(Dataset):
 
     def __getitem__(self, number: int) -> tuple[Image.Image, int]:
         row = self.table[number]
-        return row[self.image], row[self.label]
+        picture = row[self.image]
+        return picture if picture.mode == "L" else picture.convert("RGB"), row[self.label]
 
     @property
     def targets(self) -> list[int]:
@@ -441,18 +473,22 @@ class Rows(Dataset):
         return self.table[self.label]
 
 
-def shifted(folder: Path) -> dict[str, Dataset]:
-    """Corrupted test images, "<corruption>/<severity>" -> pictures, from a folder like CIFAR-10-C or ImageNet-C."""
+def shifted(folder: Path, classes: list[str]) -> dict[str, Dataset]:
+    """Corrupted test images, "<corruption>/<severity>" -> pictures, from a folder like CIFAR-10-C or ImageNet-C.
+
+    Raises:
+        ValueError: if its classes are not `classes`.
+    """
     if (folder / "labels.npy").exists():
         labels = np.split(np.load(folder / "labels.npy"), 5)  # the same for each severity
         files = [file for file in sorted(folder.glob("*.npy")) if file.stem != "labels"]
         return {
             f"{file.stem}/{severity}": Arrays(images, targets)
             for file in files
-            for severity, (images, targets) in enumerate(zip(np.split(np.load(file), 5), labels, strict=True), 1)
+            for severity, (images, targets) in enumerate(zip(np.split(np.load(file, "r"), 5), labels, strict=True), 1)
         }
     return {
-        f"{kind.name}/{level.name}": ImageFolder(level)
+        f"{kind.name}/{level.name}": of_classes(ImageFolder(level), classes)
         for kind in sorted(folder.iterdir())
         if kind.is_dir()
         for level in sorted(kind.iterdir())
@@ -484,7 +520,7 @@ def photo_patches(size: int, count: int = 500) -> Tensor:
     return patches[:: len(patches) // count][:count].contiguous()
 
 
-def enlarged_digits(size: int) -> Tensor:
-    """Scikit-learn's digits as (1797, 3, size, size) in [0, 1]."""
-    images = torch.tensor(load_digits(return_X_y=True)[0], dtype=torch.float32).view(-1, 1, 8, 8) / 16
+def enlarged_digits(size: int, count: int | None = None) -> Tensor:
+    """Scikit-learn's digits as (1797 or count, 3, size, size) in [0, 1]."""
+    images = torch.tensor(load_digits(return_X_y=True)[0][:count], dtype=torch.float32).view(-1, 1, 8, 8) / 16
     return v2.functional.resize(images, [size, size], antialias=True).expand(-1, 3, -1, -1).contiguous()

@@ -9,11 +9,12 @@ from typing import cast
 
 import hydra
 import torch
+import wandb
 from build import build
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from report import words, write_report
+from report import RUN, words, write_report
 from safetensors.torch import load_model
 
 from lightning_ella import ELLAPredictor
@@ -27,10 +28,8 @@ def folder_of(run: str) -> Path:
     """
     folder = Path(run)
     if not folder.exists() and ":" in run:
-        import wandb
-
         folder = Path(wandb.Api().artifact(run, type="posterior").download())
-    missing = [name for name in ("config.yaml", "weights.safetensors") if not (folder / name).exists()]
+    missing = [name for name in RUN if not (folder / name).exists()]
     if missing:
         raise SystemExit(
             f"{folder} has no {' and no '.join(missing)}: pass run=<folder that train.py printed>, or "
@@ -45,6 +44,8 @@ def main(config: DictConfig) -> None:
     run = folder_of(config.run)
     stored = OmegaConf.load(run / "config.yaml")
     given = {name: value for name, value in config.data.items() if value is not None}
+    if unknown := [name for name in given if name not in stored.data]:
+        raise SystemExit(f"the data of this run have no {' and no '.join(unknown)}: leave out data.{unknown[0]}=.")
     stored = cast(DictConfig, OmegaConf.merge(stored, {"data": given}))
     for name in {"checkpoint", "pretrained"} & set(stored.model):
         stored.model[name] = None  # the weights are those of the run
@@ -52,13 +53,18 @@ def main(config: DictConfig) -> None:
     load_model(module.network, str(run / "weights.safetensors"))
     module.eval().to(torch.device(config.device))
     data.setup("test")
+    if data.classes != list(stored.classes):
+        raise SystemExit(f"the run knows the classes {list(stored.classes)}, but the data have {data.classes}.")
     if limit := config.max_images or stored.max_images:
         data.limit(limit)
-    predictor = ELLAPredictor.load(next(run.rglob("ella.safetensors")), module)
+    predictor = ELLAPredictor.load(run / "ella.safetensors", module)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    logger = [instantiate(config.logger)] if config.logger else []
+    loggers = [instantiate(config.logger)] if config.logger else []
     resolved = cast(dict, OmegaConf.to_container(stored, resolve=True))
-    print(words(write_report(predictor, data, resolved, folder, logger), folder, run))
+    for logger in loggers:
+        logger.log_hyperparams(resolved)
+    print(words(write_report(predictor, data, resolved, folder, loggers), folder))
+    wandb.finish()
 
 
 if __name__ == "__main__":

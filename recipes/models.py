@@ -3,6 +3,7 @@
 A function a source: it gives a `Classifier`, which knows what images its network takes.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 
 class BasicBlock(nn.Module):
@@ -133,20 +136,28 @@ def cifar_resnet(depth: int, num_classes: int, in_channels: int, width: int = 16
 
 
 def from_timm(
-    name: str, num_classes: int, in_channels: int, pretrained: bool | None, options: Mapping[str, Any], **training: Any
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    pretrained: bool | None,
+    options: Mapping[str, Any] | None,
+    **training: Any,
 ) -> Classifier:
     """Any classifier of timm, with `options` for its constructor.
 
-    Images are prepared as its weights want them; with another `img_size` in `options`, or in grey, as the data have it.
+    Images are prepared as its weights want them, with the `img_size` of `options`, if any.
     """
+    options = options or {}
     with _downloading(name, pretrained):
         network = timm.create_model(
             name, pretrained=bool(pretrained), num_classes=num_classes, in_chans=in_channels, **options
         )
     wanted = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined]
-    size = wanted["input_size"][-1]
-    own = Preprocessing(size, wanted["mean"], wanted["std"], round(size / wanted["crop_pct"]), wanted["interpolation"])
-    preprocessing = None if "img_size" in options or in_channels != len(own.mean) else own
+    size, resize = wanted["input_size"][-1], int(wanted["input_size"][-1] / wanted["crop_pct"])
+    if "img_size" in options:
+        size = resize = options["img_size"]
+    mean, std = (values if in_channels == 3 else (sum(values) / 3,) for values in (wanted["mean"], wanted["std"]))
+    preprocessing = Preprocessing(size, mean, std, resize, wanted["interpolation"])
     return Classifier(network, preprocessing=preprocessing, in_channels=in_channels, **training)
 
 
@@ -157,13 +168,17 @@ def from_torchvision(
     weights = torchvision.models.get_model_weights(name)["DEFAULT"]
     with _downloading(name, pretrained):
         network = torchvision.models.get_model(name, weights=weights if pretrained else None)
-    name, head = [(name, part) for name, part in network.named_modules() if isinstance(part, nn.Linear)][-1]
-    if head.out_features != num_classes:
-        network.set_submodule(name, nn.Linear(head.in_features, num_classes))
+    layers = [(path, part) for path, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    path, head = layers[-1]
+    if isinstance(head, nn.Linear) and head.out_features != num_classes:
+        network.set_submodule(path, nn.Linear(head.in_features, num_classes))
+    elif isinstance(head, nn.Conv2d) and head.out_channels != num_classes:
+        network.set_submodule(path, nn.Conv2d(head.in_channels, num_classes, head.kernel_size))  # type: ignore[arg-type]
     wanted = weights.transforms()
-    preprocessing = Preprocessing(
-        wanted.crop_size[0], tuple(wanted.mean), tuple(wanted.std), wanted.resize_size[0], wanted.interpolation.value
-    )
+    size, resize = wanted.crop_size[0], wanted.resize_size[0]
+    if getattr(network, "image_size", size) != size:  # of the weights that are not taken
+        size = resize = int(network.image_size)  # type: ignore[arg-type]
+    preprocessing = Preprocessing(size, tuple(wanted.mean), tuple(wanted.std), resize, wanted.interpolation.value)
     return Classifier(network, preprocessing=preprocessing, **training)
 
 
@@ -180,25 +195,37 @@ def from_hugging_face(
             network = AutoModelForImageClassification.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
         else:
             network = AutoModelForImageClassification.from_config(config)
-    size = processor.size.get("height") or processor.size["shortest_edge"]
-    preprocessing = Preprocessing(size, tuple(processor.image_mean), tuple(processor.image_std))
-    return Classifier(network, preprocessing=preprocessing, **training)
+    resize = processor.size.get("height") or processor.size["shortest_edge"]
+    crop, share = getattr(processor, "crop_size", None), getattr(processor, "crop_pct", None)
+    size = crop["height"] if crop and getattr(processor, "do_center_crop", True) else resize
+    if share:  # ConvNeXt's: the size is that of the cut
+        resize = int(resize / share)
+    interpolation = {0: "nearest", 3: "bicubic"}.get(int(processor.resample), "bilinear")
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    return Classifier(network, preprocessing=Preprocessing(size, mean, std, resize, interpolation), **training)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
     """Load a state_dict from a file of torch or safetensors, or from a checkpoint of Lightning.
 
     Raises:
-        ValueError: if the weights are not of this network.
+        ValueError: if there are none, or they are not of this network; a last layer for other classes is made anew.
     """
-    if str(path).endswith(".safetensors"):
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    state = cast(dict[str, Tensor], state.get("state_dict", state))
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}: pass model.checkpoint=<file with the weights>.")
+    try:
+        state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        state = cast(dict[str, Tensor], state.get("state_dict", state))
+    except Exception as error:  # whatever unpickling text or a picture gives
+        raise ValueError(f"{path} holds no weights of torch or safetensors: {error!r}") from error
     for prefix in ("network.", "model.", "module.", "net."):
         if all(name.startswith(prefix) for name in state) and not hasattr(network, prefix[:-1]):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
+    own = network.state_dict()
+    other = [name for name in state if name in own and own[name].shape != state[name].shape]
+    if len({name.rpartition(".")[0] for name in other}) == 1 and len(other) < len(state) - len(other):
+        log.warning("%s is of other classes: its last layer (%s) is made anew and has to be trained.", path, other[0])
+        state |= {name: own[name] for name in other}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import wandb
-from data import Images, some
+from data import Images, Pictures, some
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
@@ -36,6 +36,7 @@ from lightning_ella.posterior import SCALES
 
 FIGURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier"}
 FIGURES |= {"aurc": "AURC"}
+RUN = ("config.yaml", "weights.safetensors", "ella.safetensors")  # what evaluate.py needs
 SCORES = ("total", "epistemic", "novelty")
 SHOWN = 18  # of the most uncertain images
 TUNING_POINTS = 500  # that the curves of the tuning are drawn from
@@ -133,7 +134,8 @@ def figures(predictor: ELLAPredictor, data: Images, seen: Seen, results: dict) -
     }
     if len(results) > 1:
         errors = {who: [row[who]["ece"] for row in results.values()] for who in both}
-        plots["shift"] = calibration_under_shift(errors)
+        severities = [split.removeprefix("severity ") for split in results]
+        plots["shift"] = calibration_under_shift(errors, severities=["0", *severities[1:]])
     return plots
 
 
@@ -189,8 +191,17 @@ def show(results: dict, foreign: dict, num_test: int, console: Console) -> None:
     console.print(table)
 
 
-def words(report: dict[str, Any], folder: Path, run: Path) -> str:
-    """What changed, in plain words, and what to do next; `run` is the folder with weights and posterior."""
+def advice(data: Images, run: Path) -> str:
+    """What to do next; `run` is the folder with weights and posterior."""
+    options = " [data.root=…] [data.shifted=…]" if isinstance(data, Pictures) else ""
+    return (
+        "Next: look at reliability.png and most_uncertain.png there; and again, or on other data:\n"
+        f"  python recipes/evaluate.py run={run}{options}"
+    )
+
+
+def words(report: dict[str, Any], folder: Path) -> str:
+    """What changed, in plain words."""
     before, after = report["test"]["MAP"], report["test"]["ELLA"]
     gain = 1 - after["nll"] / before["nll"]
     lines = [
@@ -200,15 +211,13 @@ def words(report: dict[str, Any], folder: Path, run: Path) -> str:
     ]
     if gain < 0.005:
         lines.append("That is no gain: the network was calibrated already, or the held-out images are too few to tell.")
-    name, values = max(report["foreign"].items(), key=lambda item: item[1].get("AUROC novelty", 0))
-    best = max((key for key in values if key.startswith("AUROC")), key=lambda key: values[key])
-    which, how = name.removeprefix("foreign/"), best.removeprefix("AUROC ")
-    lines.append(f"Foreign images ({which}) are told best by {how}: AUROC {values[best]:.3f}.")
-    lines += [
-        f"Figures and report.json are in {folder}",
-        "Next: look at reliability.png and most_uncertain.png there, or evaluate on other data:\n"
-        f"  python recipes/evaluate.py run={run} [data.root=…] [data.shifted=…]",
-    ]
+    scores = [name for name in next(iter(report["foreign"].values())) if name.startswith("AUROC")]
+    worst = {score: min(values[score] for values in report["foreign"].values()) for score in scores}
+    best = max(worst, key=lambda score: worst[score])
+    how = {"MAP total": "the entropy of the network alone", "total": "entropy", "epistemic": "mutual information"}
+    name = best.removeprefix("AUROC ")
+    lines.append(f"Foreign images are told best by {how.get(name, name)}: AUROC {worst[best]:.3f} or more.")
+    lines.append(f"Figures and report.json are in {folder}")
     return "\n".join(lines)
 
 
@@ -226,6 +235,7 @@ def log(
     flat = {name.replace(" ", "_"): value for name, value in flat.items()}
     for logger in loggers:
         logger.log_metrics(flat)
+        logger.save()  # CSV's writes nothing before
         if isinstance(logger, WandbLogger):
             for name in plots:
                 logger.log_image(f"test/{name}", [str(folder / f"{name}.png")])
@@ -246,10 +256,9 @@ def save_run(predictor: ELLAPredictor, config: dict[str, Any], folder: Path, log
     """Keep what evaluate.py needs: configuration and weights, beside the posterior; in W&B as an artefact."""
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     save_model(predictor.model.network, str(folder / "weights.safetensors"))  # type: ignore[arg-type]
-    posterior = next(folder.rglob("ella.safetensors"))
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             artefact = wandb.Artifact(f"posterior-{logger.version}", "posterior", metadata={"rank": predictor.rank})
-            for file in (folder / "config.yaml", folder / "weights.safetensors", posterior):
+            for file in (folder / name for name in RUN):
                 artefact.add_file(str(file))
             logger.experiment.log_artifact(artefact)

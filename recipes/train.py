@@ -9,19 +9,29 @@ from pathlib import Path
 from typing import cast
 
 import hydra
+import wandb
 from build import build
+from data import some
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
-from report import save_run, words, write_report
+from report import advice, save_run, words, write_report
 
 FEW = 2  # images of each set under fast_dev_run
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(config: DictConfig) -> float | None:
+    """Run, and leave no open W&B run for the next job of a sweep."""
+    try:
+        return run(config)
+    finally:
+        wandb.finish()
+
+
+def run(config: DictConfig) -> float | None:
     """Build what the configuration names, fit, and report; return the metric that a sweep goes by."""
     seed_everything(config.seed, workers=True, verbose=False)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -36,13 +46,16 @@ def main(config: DictConfig) -> float | None:
     if trainer.is_global_zero:
         if ella.predictor is None:
             raise SystemExit("ELLA could not be fitted: the reason is above. The checkpoints are kept.")
-        if limit := FEW if config.trainer.fast_dev_run else config.max_images:
+        quick = config.trainer.fast_dev_run
+        if quick:
+            data.holdout = some(data.holdout, FEW, config.seed)
+        else:
+            save_run(ella.predictor, resolved | {"classes": data.classes}, folder, trainer.loggers)
+        if limit := FEW if quick else config.max_images:
             data.limit(limit)
         fit = {name: float(value) for name, value in trainer.callback_metrics.items()}
         report = write_report(ella.predictor, data, resolved, folder, trainer.loggers, fit)
-        if not config.trainer.fast_dev_run:
-            save_run(ella.predictor, resolved, folder, trainer.loggers)
-        print(words(report, folder, folder))
+        print(words(report, folder), *([] if quick else [advice(data, folder)]), sep="\n")
     return float(trainer.callback_metrics[config.objective])
 
 

@@ -61,7 +61,8 @@ def test_the_hold_out_is_drawn_from_the_training_images_or_from_the_test_images(
     assert sorted(values(data.test) + values(data.holdout)) == list(range(40, 60))
     assert len(data.holdout) == 6
     data.limit(3)
-    assert len(data.test) == len(data.holdout) == len(data.foreign["noise"]) == 3
+    assert len(data.test) == len(data.foreign["noise"]) == 3
+    assert len(data.holdout) == 6
 
 
 def test_labels_are_known_without_reading_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -77,7 +78,7 @@ def test_training_images_are_augmented_and_those_for_ella_are_not(tmp_path: Path
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(
             root / "train/cat" / name
         )
-    data = plain(ImageFolders(root, holdout=0))
+    data = plain(ImageFolders(root, holdout=1))
     torch.manual_seed(0)
     assert not torch.equal(data.train[0][0], data.train[0][0])
     assert torch.equal(data.clean[0][0], data.clean[0][0])
@@ -172,7 +173,9 @@ def test_corrupted_images_are_read_as_cifar10_c_and_as_imagenet_c_are_laid_out(t
     assert list(data.shifted) == [f"fog/{severity}" for severity in range(1, 6)]
     assert values(data.shifted["fog/3"]) == [4, 5]
     assert [label for _, label in data.shifted["fog/3"]] == [0, 1]
-    assert list(shifted(pictures.parent)) == ["blur/1", "blur/2"]
+    assert list(shifted(pictures.parent, ["cat", "dog"])) == ["blur/1", "blur/2"]
+    with pytest.raises(ValueError, match=r"has the classes \['cat', 'dog'\], not \['cat', 'dog', 'elk'\]"):
+        shifted(pictures.parent, ["cat", "dog", "elk"])
     assert values(plain(ImageFolders(root, shifted=pictures.parent)).shifted["blur/2"]) == [4, 5, 6, 7]
 
 
@@ -191,14 +194,14 @@ TRAINING = {"learning_rate": 0.1, "weight_decay": 0.0}
 
 def test_timms_networks_say_what_images_they_take():
     module = models.from_timm("vit_tiny_patch16_224", 5, 3, False, {}, **TRAINING)
-    assert module.preprocessing == Preprocessing(224, (0.5,) * 3, (0.5,) * 3, 249, "bicubic")
+    assert module.preprocessing == Preprocessing(224, (0.5,) * 3, (0.5,) * 3, 248, "bicubic")
     assert module.network.num_classes == 5
     small = models.from_timm("vit_tiny_patch16_224", 5, 1, False, {"img_size": 8, "patch_size": 2}, **TRAINING)
-    assert small.preprocessing is None
+    assert small.preprocessing == Preprocessing(8, (0.5,), (0.5,), 8, "bicubic")
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16", "squeezenet1_1"])
 def test_torchvisions_networks_get_a_last_layer_of_the_right_size(name: str):
     module = models.from_torchvision(name, 5, 3, False, **TRAINING).eval()
     assert module.preprocessing is not None
@@ -214,12 +217,12 @@ def test_transformers_networks_are_read_from_a_folder_and_give_logits(tmp_path: 
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
     module = models.from_hugging_face(str(tmp_path), 5, 3, True, **TRAINING)
-    assert module.preprocessing == Preprocessing(16, (0.5,) * 3, (0.5,) * 3)
+    assert module.preprocessing == Preprocessing(16, (0.5,) * 3, (0.5,) * 3, 16)
     assert module(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
 
 
 @pytest.mark.parametrize("kind", ["state_dict", "lightning", "safetensors"])
-def test_weights_are_read_from_every_kind_of_file(tmp_path: Path, kind: str):
+def test_weights_are_read_from_every_kind_of_file(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture):
     torch.manual_seed(0)
     source, target = CifarResNet(8, 3, 1, 4), CifarResNet(8, 3, 1, 4)
     file = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
@@ -231,9 +234,35 @@ def test_weights_are_read_from_every_kind_of_file(tmp_path: Path, kind: str):
     load_weights(target, file)
     torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="has no weights of CifarResNet as it is configured"):
-        load_weights(CifarResNet(8, 4, 1, 4), file)
+        load_weights(CifarResNet(14, 3, 1, 4), file)
+    other = CifarResNet(8, 4, 1, 4)
+    with caplog.at_level("WARNING"):
+        load_weights(other, file)
+    assert "last layer (linear.weight) is made anew" in caplog.text
+    assert torch.equal(other.conv1.weight, source.conv1.weight)
     with pytest.raises(ValueError, match="has no weights of Linear"):
         load_weights(nn.Linear(2, 2), file)
+
+
+def test_a_file_without_weights_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("not weights")
+    with pytest.raises(ValueError, match=r"notes\.txt holds no weights"):
+        load_weights(nn.Linear(2, 2), tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match=r"there is no file .*missing\.pt"):
+        load_weights(nn.Linear(2, 2), tmp_path / "missing.pt")
+
+
+def test_the_hold_out_is_never_most_of_the_images_nor_none(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    root = folders(tmp_path, {"train": 20, "test": 10})
+    with caplog.at_level("WARNING"):
+        data = plain(ImageFolders(root))
+    assert (len(data.holdout), len(data.clean)) == (8, 32)
+    assert "data.holdout=5000 is too many of 40 images: 8 are held out" in caplog.text
+    with pytest.raises(ValueError, match=r"data\.holdout=0"):
+        ImageFolders(root, holdout=0)
+    np.savez(tmp_path / "split.npz", train=np.arange(50), heldout=np.arange(50, 60))
+    with pytest.raises(ValueError, match="splits more than these 40 images"):
+        plain(ImageFolders(root, split=tmp_path / "split.npz"))
 
 
 def test_weights_that_cannot_be_downloaded_are_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
