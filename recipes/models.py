@@ -223,8 +223,9 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     own = network.state_dict()
     other = [name for name in state if name in own and own[name].shape != state[name].shape]
-    if len({name.rpartition(".")[0] for name in other}) == 1 and len(other) < len(state) - len(other):
-        log.warning("%s is of other classes: its last layer (%s) is made anew and has to be trained.", path, other[0])
+    layers = {name.rpartition(".")[0] for name in other}
+    if len(layers) == 1 and len(other) < len(state) - len(other):
+        log.warning("%s is of other classes: its last layer (%s) is made anew and has to be trained.", path, *layers)
         state |= {name: own[name] for name in other}
     try:
         network.load_state_dict(state)

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 EXPERIMENTS = sorted(file.stem for file in (ROOT / "conf/experiment").glob("*.yaml"))
 
@@ -41,3 +42,39 @@ def test_every_experiment_composes_and_runs(
     assert objective > 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["test"]["ELLA"]["nll"] > 0
+
+
+def composed(*overrides: str) -> DictConfig:
+    """A configuration outside of a run."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", [*overrides, "ella.path=null"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "expected"),
+    [
+        (["data=cifar10", "data.foreign_folders={street:/a}"], "data.foreign_folders", {"street": "/a"}),
+        (["data=hugging_face", "data.options={data_dir:/a}"], "data.options", {"data_dir": "/a"}),
+        (["model=timm", "model.options={img_size:48}"], "model.options", {"img_size": 48}),
+    ],
+)
+def test_dictionaries_are_given_on_the_command_line(overrides: list[str], key: str, expected: dict):
+    assert OmegaConf.select(composed("experiment=own", *overrides), key) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=torchvision", "model.name=resnet18", "model.pretrained=false"], "takes 3 x 224 x 224 numbers"),
+        (["model.num_classes=2"], r"model\.num_classes=2, but the data have 10 classes"),
+        (["data=image_folder", "data.root=/nowhere"], r"data\.root needs train/<class>"),
+    ],
+)
+def test_network_and_data_that_do_not_fit_are_refused_at_once(
+    overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from build import build
+
+    with pytest.raises(Exception, match=message):
+        build(composed("experiment=own", *overrides))

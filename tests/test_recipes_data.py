@@ -238,7 +238,7 @@ def test_weights_are_read_from_every_kind_of_file(tmp_path: Path, kind: str, cap
     other = CifarResNet(8, 4, 1, 4)
     with caplog.at_level("WARNING"):
         load_weights(other, file)
-    assert "last layer (linear.weight) is made anew" in caplog.text
+    assert "last layer (linear) is made anew" in caplog.text
     assert torch.equal(other.conv1.weight, source.conv1.weight)
     with pytest.raises(ValueError, match="has no weights of Linear"):
         load_weights(nn.Linear(2, 2), file)
@@ -261,7 +261,7 @@ def test_the_hold_out_is_never_most_of_the_images_nor_none(tmp_path: Path, caplo
     with pytest.raises(ValueError, match=r"data\.holdout=0"):
         ImageFolders(root, holdout=0)
     np.savez(tmp_path / "split.npz", train=np.arange(50), heldout=np.arange(50, 60))
-    with pytest.raises(ValueError, match="splits more than these 40 images"):
+    with pytest.raises(ValueError, match="is a split of more than the 40 images"):
         plain(ImageFolders(root, split=tmp_path / "split.npz"))
 
 
