@@ -10,6 +10,7 @@ test points) and of the curvature's (on training points), and by what the calibr
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Task:
     num_curvature: int
     generator: torch.Generator
 
-    @property
+    @cached_property
     def num_outputs(self) -> int:
         """C."""
         inputs, _ = next(iter(self.points.batches([0], "cpu")))
@@ -82,7 +83,7 @@ class Task:
 
     def one_hot(self, outputs: Tensor) -> Callable[[Tensor, slice], Tensor]:
         """Cotangents that choose one output of each point."""
-        return lambda logits, which: nn.functional.one_hot(outputs[which], self.num_outputs).to(logits)
+        return lambda logits, which: nn.functional.one_hot(outputs[which], logits.shape[1])
 
     def shaped(self, rows: Basis) -> dict[str, Tensor]:
         """Rows (K, p) in the parameters' shapes."""
@@ -100,8 +101,7 @@ def likely_outputs(task: Task) -> Basis:
     chosen = class_balanced(task.points, task.num_landmarks, task.num_outputs, task.generator)
     uniforms = torch.rand(task.num_landmarks, generator=task.generator)
     drawn = lambda f, which: LIKELIHOOD.sampled_score(f, uniforms[which])  # noqa: E731
-    # The score is one-hot minus p
-    return task.nystrom(chosen.numbers, lambda f, which: drawn(f, which) + f.softmax(-1))
+    return task.nystrom(chosen.numbers, lambda f, which: drawn(f, which) + f.softmax(-1))  # one-hot
 
 
 def weighted_rows(task: Task) -> Basis:
@@ -155,8 +155,8 @@ def krylov(task: Task) -> Basis:
         weighted = p * features - p * (p * features).sum(1, keepdim=True)  # Λ Ψ, (B, C, K)
         with torch.enable_grad():
             outputs = task.linearization.network(inputs)
-            for k in range(task.rank):
-                wanted = list(task.linearization.network.names)
+            wanted = list(task.linearization.network.names)
+            for k in range(features.shape[2]):
                 parts = torch.autograd.grad(outputs, wanted, weighted[..., k], retain_graph=True)
                 for name, part in zip(moved, parts, strict=True):
                     moved[name][k] += part
@@ -193,17 +193,18 @@ def summed_curvature(task: Task, basis: Basis) -> Tensor:
 
 def predictor_of(task: Task, basis: Basis, config: DictConfig) -> tuple[ELLAPredictor, float]:
     """A predictor with this basis, its scales still 1, and the share of the curvature's trace that the basis holds."""
-    probes = num_probes("auto", task.rank, reverse=cheaper("auto", task.num_outputs, task.rank) == "layerwise")
+    rank = len(next(iter(basis.values())))  # less than asked for where the kernel has no more
+    probes = num_probes("auto", rank, reverse=cheaper("auto", task.num_outputs, rank) == "layerwise")
     tangents = with_probes(dict(basis), probes, config.seed)
     both = summed_curvature(task, tangents)
-    share = both.diagonal()[: task.rank].sum() / both.trace()
+    share = both.diagonal()[:rank].sum() / both.trace()
     one = torch.tensor(1.0, dtype=torch.float64)
-    settings = asdict(Settings(rank=task.rank, residual=probes, seed=config.seed))
+    settings = asdict(Settings(rank=rank, residual=probes, seed=config.seed))
     predictor = ELLAPredictor(
         task.linearization.network.model,
         basis=tangents,
-        eigenvalues=torch.ones(task.rank),
-        curvature=both[: task.rank, : task.rank],
+        eigenvalues=torch.ones(rank),
+        curvature=both[:rank, :rank],
         settings=settings,
         **dict.fromkeys(SCALES, one),
     )

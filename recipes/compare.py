@@ -18,6 +18,7 @@ from benchmark import memory
 from build import build_network
 from corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from data import Images, some
+from features import cache
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, seed_everything
@@ -92,14 +93,15 @@ class Own:
 
     def __init__(self, predictor: ELLAPredictor, held_out: DataLoader):
         self.predictor, self.likelihood = predictor, Classification()
-        parts = [(*predictor.features(images), targets) for images, targets in held_out]
-        self.logits, self.features, self.targets = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.unseen = cache(predictor, held_out, "held-out images")
         self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def variant(self, given: dict[str, float | None]) -> Predict:
         """With some scales fixed and the others tuned on the held-out points."""
         posterior = calibrate(
-            *(self.logits, self.features, self.targets, self.predictor.curvature, self.likelihood),
+            *self.unseen,
+            self.predictor.curvature,
+            self.likelihood,
             predictive="mc",
             draws=self.predictor.draws,
             given=given,

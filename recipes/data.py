@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision import datasets
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.transforms import InterpolationMode, v2
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,6 @@ class Preprocessing:
 
 NUM_CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "MNIST": 10, "FashionMNIST": 10, "SVHN": 10}
 LARGE = 100  # foreign images of each kind where they are large
-PARTS = "train", "test"
 SMALL = 64  # pixels: up to here, cutting a part out would leave too little
 
 
@@ -94,23 +93,15 @@ class Images(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Augmented and shuffled."""
-        return self._loader(self.train, shuffle=True)
+        return self.loader(self.train, shuffle=True)
 
     def ella_train_dataloader(self) -> DataLoader:
         """The training images as they are, for ELLA."""
-        return self._loader(self.clean)
+        return self.loader(self.clean)
 
     def val_dataloader(self) -> DataLoader:
         """Images never trained on; ELLA is calibrated on them."""
-        return self._loader(self.holdout)
-
-    def test_dataloader(self) -> DataLoader:
-        """Images that nothing was chosen on."""
-        return self._loader(self.test)
-
-    def foreign_dataloader(self) -> DataLoader:
-        """Images of none of the classes, for out-of-distribution detection: the first set."""
-        return self._loader(next(iter(self.foreign.values())))
+        return self.loader(self.holdout)
 
     def limit(self, count: int) -> None:
         """Keep some of the images that a report looks at, of each set but the held-out one."""
@@ -127,7 +118,8 @@ class Images(LightningDataModule):
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
 
-    def _loader(self, dataset: Dataset, shuffle: bool = False) -> DataLoader:
+    def loader(self, dataset: Dataset, shuffle: bool = False) -> DataLoader:
+        """Batches of a data set."""
         return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
 
 
@@ -294,7 +286,7 @@ class ImageFolders(Pictures):
                     f"{folder} is not a folder: data.root needs {train}/<class>/… and {test}/<class>/… (other names: "
                     "data.train=, data.test=)."
                 )
-        classes = [sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) for folder in self.folders]
+        classes = [find_classes(folder)[0] for folder in self.folders]
         if classes[0] != classes[1]:
             raise ValueError(f"{train} and {test} in {root} have different classes: {classes[0]} and {classes[1]}.")
         self.classes = classes[0]
@@ -326,7 +318,7 @@ class Known(Pictures):
         self.dataset, self.root, self.download = name, Path(root), download
         self.classes = [str(label) for label in range(NUM_CLASSES[name])]
         if (self.root / "train").is_dir():
-            self.classes = sorted(entry.name for entry in (self.root / "train").iterdir() if entry.is_dir())
+            self.classes = find_classes(self.root / "train")[0]
         if name.endswith("MNIST"):
             self.own, self.channels = Preprocessing(28, (0.5,), (0.5,)), 1
         self.flip = name.startswith("CIFAR") or name == "FashionMNIST"

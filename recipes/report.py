@@ -2,12 +2,14 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import wandb
 from data import Images, Pictures, some
+from features import cache, nll
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
@@ -15,13 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_model
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lightning_ella import ELLAPredictor
-from lightning_ella.likelihoods import Gaussian
 from lightning_ella.metrics import FalsePositiveRate, classification_metrics
 from lightning_ella.plots import (
     calibration_under_shift,
@@ -55,12 +56,11 @@ def write_report(
     """Evaluate on test, shifted and foreign images; print, write and log what comes out.
 
     Returns:
-        what report.json has: "test", "shifted/<severity>" -> "MAP" | "ELLA" -> metric -> value, "foreign", and more.
+        what report.json has: "test", "severity <number>" -> "MAP" | "ELLA" -> metric -> value, "foreign", and more.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    seen = {"test": predict(predictor, data.test, data.batch_size, "test images")}
-    for name, dataset in {**data.shifted, **{f"foreign/{name}": part for name, part in data.foreign.items()}}.items():
-        seen[name] = predict(predictor, dataset, data.batch_size, name)
+    sets = {"test": data.test, **data.shifted, **{f"foreign/{name}": part for name, part in data.foreign.items()}}
+    seen = {name: predict(predictor, data.loader(dataset), name) for name, dataset in sets.items()}
     splits = {"test": ["test"]}
     for name in sorted(data.shifted, key=lambda name: name.rpartition("/")[2]):
         splits.setdefault(f"severity {name.rpartition('/')[2]}", []).append(name)
@@ -68,7 +68,7 @@ def write_report(
         split: {who: classification_figures([seen[name] for name in names], who) for who in ("MAP", "ELLA")}
         for split, names in splits.items()
     }
-    found = {name: {**detection(seen["test"], seen[name])} for name in seen if name.startswith("foreign/")}
+    found = {name: detection(seen["test"], seen[name]) for name in seen if name.startswith("foreign/")}
     report = {**results, "foreign": found, "num_test": len(seen["test"]["targets"]), "fit": fit, "config": config}
     (folder / "report.json").write_text(json.dumps(report, indent=2))
     plots = figures(predictor, data, seen["test"], results)
@@ -81,13 +81,12 @@ def write_report(
     return report
 
 
-def predict(predictor: ELLAPredictor, dataset: Dataset, batch_size: int, description: str) -> Seen:
-    """Probabilities of the network ("MAP") and of the posterior ("ELLA"), uncertainties and targets of a data set."""
+def predict(predictor: ELLAPredictor, loader: DataLoader, name: str) -> Seen:
+    """Probabilities of the network ("MAP") and of the posterior ("ELLA"), uncertainties and targets of a set."""
     parts = []
     device = next(predictor.model.parameters()).device
-    loader = DataLoader(dataset, batch_size)
     with logging_redirect_tqdm([logging.getLogger("lightning_ella"), logging.getLogger()]):
-        for images, targets in tqdm(loader, desc=f"ELLA on {description}", unit="batch"):
+        for images, targets in tqdm(loader, desc=f"ELLA on {name} images", unit="batch"):
             out = predictor(images.to(device))
             part = {"MAP": out.logits_mean.softmax(-1), "ELLA": out.probs, "total": out.entropy, "targets": targets}
             part["epistemic"] = out.mutual_information
@@ -124,7 +123,7 @@ def told(familiar: Tensor, foreign: Tensor) -> dict[str, float]:
 def figures(predictor: ELLAPredictor, data: Images, seen: Seen, results: dict) -> dict[str, Figure]:
     """All plots, by name."""
     both = {"MAP": seen["MAP"], "ELLA": seen["ELLA"]}
-    curves = tuning(predictor, some(data.holdout, TUNING_POINTS, 0), data.batch_size)
+    curves = tuning(predictor, data.loader(some(data.holdout, TUNING_POINTS, 0)))
     plots = {
         "reliability": reliability_diagram(both, seen["targets"]),
         "confidence": confidence_histograms(both, seen["targets"]),
@@ -139,23 +138,14 @@ def figures(predictor: ELLAPredictor, data: Images, seen: Seen, results: dict) -
     return plots
 
 
-def tuning(predictor: ELLAPredictor, unseen: Dataset, batch_size: int) -> dict[str, tuple[Tensor, Tensor]]:
+def tuning(predictor: ELLAPredictor, unseen: DataLoader) -> dict[str, tuple[Tensor, Tensor]]:
     """NLL on unseen points as one scale after the other changes: variances tenfold, the temperature twofold."""
-    device = next(predictor.model.parameters()).device
-    loader = tqdm(DataLoader(unseen, batch_size), desc="ELLA on held-out images", unit="batch")
-    parts = [(*predictor.features(images.to(device)), targets.to(device)) for images, targets in loader]
-    logits, features, targets = (torch.cat(part) for part in zip(*parts, strict=True))
-    chosen, curves = {name: getattr(predictor, name) for name in SCALES}, {}
+    points, chosen, curves = cache(predictor, unseen, "held-out images"), predictor.posterior, {}
     for name in SCALES:
-        factors = torch.logspace(-1, 1, 9, 2 if name == "temperature" else 10).to(chosen[name])
-        values, losses = chosen[name] * factors, []
-        for value in values:
-            scales = chosen | {name: value}
-            posterior = type(predictor.posterior)(predictor.curvature, *scales.values())
-            gaussian = Gaussian(logits, posterior.factor(features), predictor.draws.to(features))
-            out = predictor.likelihood.predict(gaussian, "mc", scales["temperature"].to(logits))
-            losses.append(predictor.likelihood.nll(out, targets).mean())
-        curves[name] = values, torch.stack(losses)
+        scale = getattr(chosen, name)
+        values = scale * torch.logspace(-1, 1, 9, 2 if name == "temperature" else 10).to(scale)
+        losses = [nll(points, replace(chosen, **{name: value}), predictor.draws) for value in values]
+        curves[name] = values, torch.tensor(losses)
     return curves
 
 
@@ -183,12 +173,17 @@ def show(results: dict, foreign: dict, num_test: int, console: Console) -> None:
         for who, values in row.items():
             table.add_row(split if who == "MAP" else "", who, *(f"{values[name]:.4f}" for name in FIGURES))
     console.print(table)
-    scores = [name for name in next(iter(foreign.values())) if name.startswith("AUROC")]
+    scores = aurocs(foreign)
     columns = (name.removeprefix("AUROC ") for name in scores)
     table = Table("", *columns, title="AUROC against foreign images, by MAP's entropy and ELLA's uncertainties")
     for name, values in foreign.items():
         table.add_row(name.removeprefix("foreign/"), *(f"{values[score]:.4f}" for score in scores))
     console.print(table)
+
+
+def aurocs(foreign: dict[str, dict[str, float]]) -> list[str]:
+    """The names of the scores that tell foreign images, as they are in every set's figures."""
+    return [name for name in next(iter(foreign.values())) if name.startswith("AUROC")]
 
 
 def advice(data: Images, run: Path) -> str:
@@ -211,8 +206,7 @@ def words(report: dict[str, Any], folder: Path) -> str:
     ]
     if gain < 0.005:
         lines.append("That is no gain: the network was calibrated already, or the held-out images are too few to tell.")
-    scores = [name for name in next(iter(report["foreign"].values())) if name.startswith("AUROC")]
-    worst = {score: min(values[score] for values in report["foreign"].values()) for score in scores}
+    worst = {score: min(values[score] for values in report["foreign"].values()) for score in aurocs(report["foreign"])}
     best = max(worst, key=lambda score: worst[score])
     how = {"MAP total": "the entropy of the network alone", "total": "entropy", "epistemic": "mutual information"}
     name = best.removeprefix("AUROC ")

@@ -10,12 +10,13 @@ far the variances of the logits are from that one's.
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import hydra
 import torch
 from build import build
 from data import some
+from features import LIKELIHOOD, cache, nll
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
@@ -26,34 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lightning_ella import ELLAPredictor, fit_ella
-from lightning_ella.likelihoods import Classification, Gaussian
+from lightning_ella.fit import Cache
 from lightning_ella.posterior import Posterior, calibrate
 
 PAPER_PRIOR_VARIANCE = 0.04
 FEWER = (250, 500, 1000, 2000, 5000, 10_000, 20_000)
-LIKELIHOOD = Classification()
-
-
-class Cache(NamedTuple):
-    """What is known of some points."""
-
-    logits: Tensor  # (n, C)
-    features: Tensor  # (n, C, K)
-    targets: Tensor  # (n,)
-
-
-def cache(predictor: ELLAPredictor, dataset: Dataset, what: str) -> Cache:
-    """Run the network once over all points."""
-    batches = tqdm(DataLoader(dataset, 128), desc=f"features of {what}")
-    parts = [(*predictor.features(images), targets) for images, targets in batches]
-    return Cache(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-
-def nll(points: Cache, posterior: Posterior, draws: Tensor) -> float:
-    """Mean NLL of the Monte Carlo predictive."""
-    logits = Gaussian(points.logits, posterior.factor(points.features), draws)
-    prediction = LIKELIHOOD.predict(logits, "mc", posterior.temperature.float())
-    return float(LIKELIHOOD.nll(prediction, points.targets).mean())
 
 
 def paper(curvatures: dict[int, Tensor], total: int, unseen: Cache, test: Cache, draws: Tensor) -> tuple[float, int]:
@@ -105,9 +83,11 @@ def main(config: DictConfig) -> None:
         rows[name] = row(fit_ella(module, train, **common, **given, **options), test, reference)
         rows[name].pop("variance")
 
-    visited = cache(base, some(train.dataset, config.num_curvature, config.seed + 1), "training points")
-    held = cache(base, some(unseen, config.num_calibration, config.seed), "unseen points")
-    tested = cache(base, test, "test images")
+    visited = cache(
+        base, DataLoader(some(train.dataset, config.num_curvature, config.seed + 1), 128), "training points"
+    )
+    held = cache(base, DataLoader(some(unseen, config.num_calibration, config.seed), 128), "unseen points")
+    tested = cache(base, DataLoader(test, 128), "test images")
     stops = torch.arange(len(visited.logits)).split(config.stop_every)
     sums = [LIKELIHOOD.curvature(visited.logits[i].double(), visited.features[i].double()) for i in stops]
     curvatures = {int(i[-1]) + 1: torch.stack(sums[: k + 1]).sum(0) for k, i in enumerate(stops)}

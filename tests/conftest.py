@@ -189,15 +189,20 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return images, source
 
 
+def noise_images(root: Path, counts: dict[str, int], size: tuple[int, int]) -> Path:
+    """Folders of noise, <root>/<part>/<class>/…, so many images of each of two classes."""
+    generator = np.random.default_rng(0)
+    for part, count in counts.items():
+        for name in ("cat", "dog"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 255, (*size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:04d}.jpg")
+    return root
+
+
 @pytest.fixture
 def stand_ins(tmp_path: Path) -> Path:
     """Ten images of each of two classes, where any experiment finds them."""
-    generator = np.random.default_rng(0)
-    for part in ("train", "test", "val"):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "images" / part / name
-            folder.mkdir(parents=True)
-            for i in range(10):
-                pixels = generator.integers(0, 255, (40, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.jpg")
-    return tmp_path / "images"
+    return noise_images(tmp_path / "images", dict.fromkeys(("train", "test", "val"), 10), (40, 32))

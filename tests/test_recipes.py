@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, noise_images
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -39,17 +39,9 @@ def train(tmp_path: Path, *overrides: str) -> tuple[dict, str]:
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Noise in two classes, with a split file."""
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 40), ("test", 4)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "images" / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i:04d}.jpg")
-    order = generator.permutation(80)
+    order = np.random.default_rng(0).permutation(80)
     np.savez(tmp_path / "split.npz", train=order[:60], heldout=order[60:])
-    return tmp_path / "images"
+    return noise_images(tmp_path / "images", {"train": 40, "test": 4}, (32, 32))
 
 
 def test_the_digits_experiment_ends_with_table_report_figures_and_wandb(tmp_path: Path):
