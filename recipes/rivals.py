@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
 from lightning_ella.linearize import version
@@ -280,7 +281,8 @@ def valla(task: Task) -> Predict:
     loader = DataLoader(task.train.dataset, BATCH, collate_fn=task.train.collate_fn, **order)
     options = {"functional_approximation": "variational", "inducing_locations": "random", "num_inducing": INDUCING}
     fit = {"iterations": ITERATIONS, "lr": LEARNING_RATE}
-    posterior = fitted(task, loader, "all", "gp", seed=task.seed, backend=PerSample, fit=fit, **options)
+    with sdpa_kernel(SDPBackend.MATH):  # differentiates gradients, which other kernels of attention cannot
+        posterior = fitted(task, loader, "all", "gp", seed=task.seed, backend=PerSample, fit=fit, **options)
     with torch.no_grad():
         weighted = posterior._factor_matrix().T @ posterior._inducing_jacobians()  # (M, P)
         gram = (weighted @ weighted.T).double()
