@@ -4,12 +4,24 @@ import logging
 
 from .callback import ELLACallback
 from .fit import fit_ella
-from .likelihoods import ClassPrediction
+from .likelihoods import LIKELIHOODS, Likelihood
+from .predictions import ClassPrediction, LabelPrediction, NormalPrediction, Prediction
 from .predictor import ELLAPredictor
 from .settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["ClassPrediction", "ELLACallback", "ELLAPredictor", "Settings", "fit_ella"]
+__all__ = [
+    "LIKELIHOODS",
+    "ClassPrediction",
+    "ELLACallback",
+    "ELLAPredictor",
+    "LabelPrediction",
+    "Likelihood",
+    "NormalPrediction",
+    "Prediction",
+    "Settings",
+    "fit_ella",
+]
 
 # What was chosen and why is worth reading, as Lightning's own lines are: shown unless the user configured logging.
 _log = logging.getLogger(__name__)

@@ -299,9 +299,9 @@ class ELLACallback(Callback):
     def _unpack(self, trainer: Trainer) -> Unpack:
         """The user's `unpack`, after the module's transfer hooks and the precision plugin as in a training step."""
 
-        def unpack(batch):
-            inputs, targets = self.unpack(trainer.strategy.batch_to_device(batch))
-            return trainer.precision_plugin.convert_input(inputs), targets
+        def unpack(batch: Any) -> Any:
+            inputs, *targets = self.unpack(trainer.strategy.batch_to_device(batch))
+            return trainer.precision_plugin.convert_input(inputs), *targets
 
         return unpack
 

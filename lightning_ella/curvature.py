@@ -1,34 +1,38 @@
 """From features and the likelihood to H, the curvature of the loss along the basis."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .data import Inputs
+from .data import Batch
 from .distributed import World
 from .engine import Linearization
 from .likelihoods import Likelihood
-from .linearize import Basis
+from .linearize import Basis, slices
+from .observations import checked, observe, weights_of
+from .predictions import shaped
 
 CURVATURES = ("exact", "sampled")
+ROWS = 2**24  # numbers of features that are looked at at a time
 
 
 def curvature(
     linearization: Linearization,
-    batches: Iterable[tuple[Inputs, Tensor]],
+    batches: Iterable[Batch],
     basis: Basis,
     likelihood: Likelihood,
     num_points: int,
     *,
     how: str = "exact",
-    uniforms: Tensor,
+    seeds: Tensor,
     world: World | None = None,
 ) -> Tensor:
     """Generalised Gauss-Newton matrix H = Σ_i Ψ(x_i)ᵀ Λ(x_i) Ψ(x_i), (K, K) float64 (Deng, Zhou and Zhu 2022).
 
     "sampled" needs no features: with y drawn from the network's own p(y|x), the mean of (Vᵀ∇ log p)(Vᵀ∇ log p)ᵀ is the
-    same matrix, for one backward pass a point. It is unbiased, and noisy.
+    same matrix, for one backward pass a point, of however many outputs. It is unbiased, and noisy.
 
     Args:
         linearization: of the network.
@@ -37,22 +41,47 @@ def curvature(
         likelihood: what Λ is.
         num_points: N; the sum over the n points visited is scaled by N / n.
         how: "exact" or "sampled".
-        uniforms: (n,) in [0, 1), what the sampled labels are drawn with, of all n points.
+        seeds: (n,), of the targets that are drawn at each of all n points.
         world: the processes that share the points.
     """
     world, rank = world or World(), len(next(iter(basis.values())))
     total = torch.zeros(rank, rank, dtype=torch.float64, device=linearization.device)
     with world.together("the curvature"):
-        done, shared = 0, uniforms[world.rank :: world.size].to(total)
-        for inputs, targets in batches:
+        done, shared = 0, seeds[world.rank :: world.size].tolist()
+        for inputs, targets, weights in batches:
             if how == "exact":
-                logits, features = linearization.features(inputs, basis)
-                total += likelihood.curvature(logits.double(), features.double())
+                logits, features = map(linearization.at_positions, linearization.features(inputs, basis))
+                seen = observe(likelihood, logits, features, targets, weights, linearization.axis)
+                for part in slices(len(seen.logits), max(1, ROWS // max(1, features[0].numel()))):
+                    rows = seen.rows(part)
+                    scaled = rows.features.double() * rows.weights.double().sqrt().view(-1, 1, 1)  # type: ignore[union-attr]
+                    total += likelihood.curvature(rows.logits.double(), scaled)
             else:
                 drawn = shared[done : done + len(targets)]
-                score = lambda logits, drawn=drawn: likelihood.sampled_score(logits, drawn)  # noqa: E731
-                logits, projections = linearization.projections(inputs, score, basis)  # (B, K)
-                total += projections.double().T @ projections.double()
-            likelihood.check(logits, targets)
-            done += len(logits)
-    return world.sum(total) * (num_points / len(uniforms))
+                scores = partial(_sampled_scores, linearization, likelihood, targets, weights, drawn)
+                projections = linearization.projections(inputs, scores, basis)[1].double()  # (B, K)
+                total += projections.T @ projections
+            done += len(targets)
+    return world.sum(total) * (num_points / len(seeds))
+
+
+def _sampled_scores(
+    linearization: Linearization,
+    likelihood: Likelihood,
+    targets: Tensor,
+    weights: Tensor | None,
+    seeds: Sequence[int],
+    flat: Tensor,
+    part: slice,
+) -> Tensor:
+    """Scores (b, D) of targets that the network itself gives, at its outputs (b, D) for some of the samples."""
+    outputs = linearization.at_positions(flat)
+    known = checked(likelihood, outputs, targets[part], linearization.axis)
+    weighted = weights_of(likelihood, known, None if weights is None else weights[part])
+    drawn = []
+    for output, seed in zip(outputs, seeds[part], strict=True):
+        generator = torch.Generator(outputs.device).manual_seed(seed)
+        drawn.append(likelihood.sample(output.unsqueeze(0), generator))
+    scores = likelihood.score(outputs, torch.cat(drawn)) * weighted.sqrt().to(outputs).unsqueeze(-1)
+    scores = shaped(scores, linearization.axis)
+    return scores.flatten(1) if scores.ndim > 1 else scores.unsqueeze(1)

@@ -2,15 +2,17 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import fields, is_dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import SUPPORTED_NODES, register_pytree_node, tree_leaves, tree_map
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -22,18 +24,26 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-Batch = Any
 Inputs = Any
-Unpack = Callable[[Batch], tuple[Inputs, Tensor]]
+# A batch to (inputs, targets), or (inputs, targets, weights): a weight for each sample, or each position of it.
+Unpack = Callable[[Any], tuple[Inputs, Tensor] | tuple[Inputs, Tensor, Tensor]]
 
 
-def inputs_and_targets(batch: Batch) -> tuple[Inputs, Tensor]:
+class Batch(NamedTuple):
+    """What the package takes from one batch of a loader."""
+
+    inputs: Inputs
+    targets: Tensor
+    weights: Tensor | None = None
+
+
+def inputs_and_targets(batch: Any) -> tuple[Inputs, Tensor]:
     """Unpack a batch `(x, y)`; anything else needs the `unpack` setting."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     raise TypeError(
         f"ELLA expects batches (x, y) with a tensor y, but the loader gives {_describe(batch)}: "
-        "pass unpack=lambda batch: (inputs, targets)."
+        "pass unpack=lambda batch: (inputs, targets), or (inputs, targets, weights)."
     )
 
 
@@ -66,17 +76,17 @@ class Points:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batches(self, numbers: Sequence[int], device: torch.device | str) -> Iterator[tuple[Inputs, Tensor]]:
-        """Yield `(inputs, targets)` on `device` for the points `numbers`, in that order."""
+    def batches(self, numbers: Sequence[int], device: torch.device | str) -> Iterator[Batch]:
+        """Yield inputs, targets and weights on `device` for the points `numbers`, in that order."""
         chosen = Subset(self.loader.dataset, [self.indices[i] for i in numbers])
         for batch in _like(self.loader, chosen):
-            yield tree_map(lambda leaf: _to(leaf, device), self.unpack(batch))
+            yield tree_map(lambda leaf: _to(leaf, device), Batch(*as_tree(self.unpack(batch))))
 
     def labels(self, numbers: Sequence[int]) -> Tensor:
         """Targets of the points `numbers`, read from the dataset only where it has no `.targets`."""
         if self.targets is not None:
             return self.targets[torch.as_tensor(numbers)]
-        return torch.cat([targets for _, targets in self.batches(numbers, "cpu")])
+        return torch.cat([batch.targets for batch in self.batches(numbers, "cpu")])
 
     @cached_property
     def targets(self) -> Tensor | None:
@@ -96,6 +106,41 @@ class Points:
             for _ in range(2)
         )
         return all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, Tensor))
+
+
+def as_tree(value: Any) -> Any:
+    """Return `value`, after making torch's pytrees know the dataclasses and mappings in it, at any depth."""
+    kind = type(value)
+    if kind not in SUPPORTED_NODES:
+        if isinstance(value, Mapping):  # as a BatchEncoding of Hugging Face
+            register_pytree_node(
+                kind,
+                lambda mapping: (list(mapping.values()), list(mapping)),
+                lambda values, keys: kind(dict(zip(keys, values, strict=True))),  # type: ignore[call-arg]
+            )
+        elif is_dataclass(value):
+            register_pytree_node(
+                kind,
+                lambda parts: ([getattr(parts, field.name) for field in fields(parts)], parts),
+                lambda values, like: _like_with(like, values),
+            )
+    if isinstance(value, Mapping):
+        children = value.values()
+    elif is_dataclass(value):
+        children = [getattr(value, field.name) for field in fields(value)]
+    else:
+        children = value if isinstance(value, list | tuple) else ()
+    for child in children:
+        as_tree(child)
+    return value
+
+
+def _like_with(like: Any, values: Iterable[Any]) -> Any:
+    """A copy of a dataclass with other values, without calling its constructor."""
+    made = copy(like)
+    for field, value in zip(fields(like), values, strict=True):
+        object.__setattr__(made, field.name, value)
+    return made
 
 
 def draw(count: int | None, total: int, generator: torch.Generator) -> list[int]:

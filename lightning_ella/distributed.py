@@ -125,19 +125,20 @@ class World:
             found[name] = self.from_first(value.contiguous())
         return found
 
-    def gather_rows(self, rows: Tensor, total: int) -> Tensor | None:
-        """Put together rows that were shared out, (total, d), on the first process; None on the others."""
+    def gather_rows(self, rows: Tensor) -> Tensor | None:
+        """Put together rows that were shared out in turns, (n, …), on the first process; None on the others."""
         if self.size == 1:
             return rows
-        most = -(-total // self.size)
-        padded = rows.new_zeros(most, rows.shape[1], device=self.device)
+        counts = self._everyone(len(rows))
+        padded = rows.new_zeros(max(counts), *rows.shape[1:], device=self.device)
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.first else None
         with self._contact():
             dist.gather(padded, parts, group=self.group, group_dst=0)
         if parts is None:
             return None
-        return torch.stack(parts, 1).flatten(0, 1)[:total].to(rows.device)
+        there = torch.arange(max(counts)).unsqueeze(1) < torch.tensor(counts)  # (most, size)
+        return torch.stack(parts, 1)[there.to(self.device)].to(rows.device)
 
     def check_same(self, value: str, what: str) -> None:
         """Raise a ValueError, on all processes, unless they all have the same."""

@@ -22,7 +22,19 @@ from .data import Inputs
 from .folding import UNFOLDED, Folding, find_folding
 from .forward_mode import ForwardMode
 from .layerwise import Cotangents, Layerwise
-from .linearize import Basis, Forward, Network, call, check_logits, hooked, num_samples, rows, slices, version
+from .linearize import (
+    Basis,
+    Forward,
+    Network,
+    call,
+    channel_axis,
+    check_finite,
+    hooked,
+    num_samples,
+    rows,
+    slices,
+    version,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +71,7 @@ class Linearization:
         samples_per_chunk: inputs that go through the network at a time; None chooses.
         tangents_per_chunk: tangents that go through it at a time; None chooses.
         memory_budget: bytes that may be used beyond the network and the basis; None takes a quarter of what is free.
+        channels: where outputs of several positions have their C: "first", "last" or "auto".
 
     Raises:
         ValueError: if there is no such parameter.
@@ -75,7 +88,9 @@ class Linearization:
         samples_per_chunk: int | None = None,
         tangents_per_chunk: int | None = None,
         memory_budget: int | None = None,
+        channels: str = "auto",
     ):
+        self.channels = channels
         self.network = Network(model, forward, names)
         self.choice, self.precision = engine, precision
         self.samples_per_chunk, self.tangents_per_chunk = samples_per_chunk, tangents_per_chunk
@@ -103,9 +118,18 @@ class Linearization:
         """Outputs (B, C) of the network as it is.
 
         Raises:
-            ValueError: if the output is not (B, C) with C >= 2 or not finite.
+            ValueError: if the output is not (B, …) or not finite.
         """
-        return check_logits(self.network(inputs), num_samples(inputs))
+        return check_finite(self.network(inputs))
+
+    @property
+    def axis(self) -> int | None:
+        """Where the outputs of the last call have their C."""
+        return channel_axis(self.network.output_shape, self.channels)
+
+    def at_positions(self, flat: Tensor) -> Tensor:
+        """What belongs to the outputs of the last call, (B, D, …), as (B, *, C, …)."""
+        return self.network.at_positions(flat, self.axis)
 
     def features(self, inputs: Inputs, basis: Basis) -> tuple[Tensor, Tensor]:
         """Outputs f(x), (B, C), and features Ψ(x) = J(x) V, (B, C, K)."""
@@ -118,28 +142,31 @@ class Linearization:
                 outputs, products = engine.features(chunk, tangents, folding)
             logits.append(outputs if self.precision == "full" else self.network(chunk))
             features.append(products.to(logits[-1].dtype))
-        return check_logits(torch.cat(logits), num_samples(inputs)), torch.cat(features)
+        return check_finite(torch.cat(logits)), torch.cat(features)
 
     def gradients(self, inputs: Inputs, outputs: Tensor) -> Iterator[dict[str, Tensor]]:
         """Yield, a chunk of samples at a time, name -> ∇_θ f_c(x), (b, p), with c = `outputs[i]` at the i-th input."""
-        sizes = self.sizes(inputs)
-        chosen = nn.functional.one_hot(outputs, sizes.num_outputs)  # (B, C)
         for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1, hold_rows=True)):
-            gradients = self.layerwise.rows(rows(inputs, part), lambda _, part=part: chosen[part].unsqueeze(1))
+            # Sequences of other lengths have other numbers of outputs.
+            chosen = lambda f, part=part: nn.functional.one_hot(outputs[part] % f.shape[1], f.shape[1]).unsqueeze(1)  # noqa: E731
+            gradients = self.layerwise.rows(rows(inputs, part), chosen)
             yield {name: gradients.pop(name).squeeze(1) for name in self.parameters}
 
     def projections(
-        self, inputs: Inputs, cotangents: Callable[[Tensor], Tensor], basis: Basis
+        self, inputs: Inputs, cotangents: Callable[[Tensor, slice], Tensor], basis: Basis
     ) -> tuple[Tensor, Tensor]:
-        """Outputs (B, C), and vᵀ J(x) V, (B, K), with v = `cotangents(outputs)`, (B, C): one backward pass."""
+        """Outputs (B, C), and vᵀ J(x) V, (B, K): one backward pass.
+
+        v = `cotangents(outputs, part)`, (b, C), is asked for some of the samples at a time.
+        """
         folding, tangents = self._fold(inputs, basis)
         logits, projections = [], []
-        single: Cotangents = lambda outputs: cotangents(outputs).unsqueeze(1)  # noqa: E731
         for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1)):
+            single: Cotangents = lambda outputs, part=part: cotangents(outputs, part).unsqueeze(1)  # noqa: E731
             outputs, products = self.layerwise.products(rows(inputs, part), single, tangents, folding)
             logits.append(outputs)
             projections.append(products.squeeze(1))
-        return check_logits(torch.cat(logits), num_samples(inputs)), torch.cat(projections)
+        return check_finite(torch.cat(logits)), torch.cat(projections)
 
     def sizes(self, inputs: Inputs) -> Sizes:
         """Measure, once, what a forward pass of one of `inputs` takes."""

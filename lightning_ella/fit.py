@@ -5,9 +5,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,15 @@ from tqdm.auto import tqdm
 
 from .basis import nystrom_basis, sketch_numbers
 from .curvature import curvature
-from .data import Inputs, Points, Unpack, draw, inputs_and_targets, seeded
+from .data import Batch, Points, Unpack, draw, inputs_and_targets, seeded
 from .distributed import World
 from .engine import Linearization, cheaper, free_memory, give_back
 from .landmarks import LANDMARKS, Landmarks
-from .likelihoods import LIKELIHOODS, Gaussian, Likelihood
+from .likelihoods import LIKELIHOODS, Likelihood
 from .linearize import Basis, Forward, as_function, call, num_samples
+from .observations import Observations, checked, observe, weights_of
 from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
+from .predictions import Gaussian
 from .predictor import ELLAPredictor, fingerprint, linearize, standard_normal
 from .residual import num_probes, with_probes
 from .settings import Settings
@@ -32,6 +34,7 @@ from .stages import Stages
 
 log = logging.getLogger(__name__)
 
+ROWS = 20_000  # positions of all calibration points together that the scales are chosen on
 FEW = 200  # calibration points: with fewer, the NLL after calibration varies by several percent from draw to draw
 CERTAIN = 0.9  # a temperature below it makes the network surer than it is: rare on unseen points
 SAMPLES_CHECKED = 8  # before a fit, so that what would fail late fails early
@@ -106,7 +109,7 @@ def run(
     world, stages = world or World(), stages or Stages()
     progress = progress or (_tqdm if world.first else silent)
     with seeded(settings.seed), as_function(model), world.quiet():
-        likelihood = LIKELIHOODS[settings.likelihood]()
+        likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
         generator = torch.Generator().manual_seed(settings.seed)
         budget = settings.memory_budget or _share_of_memory(model, world)
         with world.together("a look at network and data"):
@@ -121,7 +124,7 @@ def run(
             digest = "" if points is None else points.digest()
             world.check_same(digest, "points: pass train_loader= and calibration_loader= without a sampler for each")
 
-        def visit(points: Points, numbers: Sequence[int], what: str) -> Iterable[tuple[Inputs, Tensor]]:
+        def visit(points: Points, numbers: Sequence[int], what: str) -> Iterable[Batch]:
             mine = world.share(numbers)
             batches = points.batches(mine, linearization.device)
             return world.watched(progress(batches, f"ELLA {what}", len(mine)))
@@ -148,7 +151,7 @@ def run(
                 likelihood,
                 len(train),
                 how=settings.curvature,
-                uniforms=torch.rand(len(numbers), generator=generator, dtype=torch.float64),
+                seeds=torch.randint(2**62, (len(numbers),), generator=generator),
                 world=world,
             )
             return {"curvature": hessian}
@@ -156,6 +159,10 @@ def run(
         basis = stages.do("basis", world, generator, linearization.device, make_basis)
         eigenvalues = basis.pop("eigenvalues")
         basis = {name.removeprefix("basis."): tangents for name, tangents in basis.items()}
+        if not likelihood.is_complete:
+            points, what = (train, "noise of training points") if held_out is None else (held_out, "noise")
+            numbers = range(min(len(points), settings.num_calibration or len(points)))
+            likelihood = _completed(likelihood, linearization, visit(points, numbers, what), world)
         hessian = stages.do("curvature", world, generator, linearization.device, make_curvature)["curvature"]
         rank = len(eigenvalues)
         hessian, outside = hessian[:rank, :rank], hessian.diagonal()[rank:].sum()
@@ -166,7 +173,9 @@ def run(
             log.info("ELLA: %d directions, and %d random probes of the variance outside their span.", rank, probes)
             with_probes(basis, probes, settings.seed)
         if held_out is None:
-            spread_over = min(linearization.network.num_parameters, len(train) * (example.shape[1] - 1)) - rank
+            outputs = linearization.at_positions(example)[0]  # (*, C)
+            effective = example.shape[1] - (outputs[..., 0].numel() if likelihood.invariant else 0)
+            spread_over = min(linearization.network.num_parameters, len(train) * effective) - rank
             prior = settings.prior_variance or prior_by_evidence(
                 hessian, outside, spread_over, linearization.parameters.values()
             )
@@ -175,8 +184,12 @@ def run(
             count = min(len(held_out), settings.num_calibration or len(held_out))
             with world.together("the calibration points"):
                 unseen = visit(held_out, draw(count, len(held_out), generator), "calibration")
-                unseen = _cached(linearization, unseen, basis, example, likelihood)
+                unseen = _cached(linearization, unseen, basis, example, likelihood, max(1, ROWS // count))
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, world)
+            likelihood, temperature = likelihood.settled(posterior.temperature)
+            if posterior.softened:
+                hessian = hessian / posterior.temperature
+            posterior = replace(posterior, temperature=temperature)
         with world.together("the predictor"):
             predictor = ELLAPredictor(
                 model,
@@ -185,7 +198,7 @@ def run(
                 curvature=hessian,
                 **{name: getattr(posterior, name) for name in SCALES},
                 forward=forward,
-                settings=asdict(settings) | {"residual": probes},
+                settings=asdict(settings) | {"residual": probes} | likelihood.stored(),
                 origin=origin,
             )
     figures |= {
@@ -237,7 +250,7 @@ def _points(train: DataLoader, held_out: DataLoader | None, unpack: Unpack) -> t
 
 
 def _check(linearization: Linearization, train: Points, held_out: Points | None, settings: Settings) -> Tensor:
-    """Return the outputs of a few points, (b, C), if network and data can be used."""
+    """Return the outputs of a few points, (b, D), if network and data can be used."""
     if len(train) < settings.num_landmarks:
         raise ValueError(
             f"num_landmarks={settings.num_landmarks}, but there are only {len(train)} training points: "
@@ -259,9 +272,14 @@ def _check(linearization: Linearization, train: Points, held_out: Points | None,
 
 def _try(linearization: Linearization, points: Points, settings: Settings) -> Tensor:
     """Return the outputs of the first few of the points, if the network can be evaluated and differentiated there."""
-    inputs, targets = next(iter(points.batches(range(min(SAMPLES_CHECKED, len(points))), linearization.device)))
+    inputs, targets, weights = next(
+        iter(points.batches(range(min(SAMPLES_CHECKED, len(points))), linearization.device))
+    )
     logits = linearization.logits(inputs)
-    LIKELIHOODS[settings.likelihood]().check(logits, targets)
+    likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
+    known = checked(likelihood, linearization.at_positions(logits), targets, linearization.axis)
+    if not (weights_of(likelihood, known, weights) > 0).any():
+        log.warning("ELLA: none of the first %d points has a target that counts.", len(logits))
     next(linearization.gradients(inputs, torch.zeros(len(logits), dtype=torch.long, device=logits.device)))
     return logits
 
@@ -269,7 +287,7 @@ def _try(linearization: Linearization, points: Points, settings: Settings) -> Te
 def _basis(
     linearization: Linearization,
     landmarks: Landmarks,
-    visit: Callable[[list[int], str], Iterable[tuple[Inputs, Tensor]]],
+    visit: Callable[[list[int], str], Iterable[Batch]],
     settings: Settings,
     world: World,
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -278,7 +296,7 @@ def _basis(
     def gradients() -> Iterator[dict[str, Tensor]]:
         with seeded(settings.seed):  # a second pass must see the same augmentation
             done, outputs = 0, landmarks.outputs[world.rank :: world.size]
-            for inputs, _ in visit(landmarks.numbers, "landmarks"):
+            for inputs, *_ in visit(landmarks.numbers, "landmarks"):
                 done += (size := num_samples(inputs))
                 yield from linearization.gradients(inputs, outputs[done - size : done])
 
@@ -301,73 +319,88 @@ def _basis(
     return basis, eigenvalues
 
 
-class Cache(NamedTuple):
-    """What is known of the calibration points, or of this process's share of them."""
-
-    logits: Tensor  # (n, C)
-    features: Tensor  # (n, C, K)
-    targets: Tensor  # (n,)
+def _completed(
+    likelihood: Likelihood, linearization: Linearization, batches: Iterable[Batch], world: World
+) -> Likelihood:
+    """With what the likelihood learns from the network's residuals."""
+    with world.together("the noise"):
+        sums = torch.zeros((), dtype=torch.float64, device=linearization.device)
+        for inputs, targets, weights in batches:
+            outputs = linearization.at_positions(linearization.logits(inputs))
+            known = checked(likelihood, outputs, targets, linearization.axis)
+            kept = (weight := weights_of(likelihood, known, weights)) > 0
+            sums = sums + likelihood.statistics(outputs[kept], known[kept], weight[kept])
+    size = int(-world.smallest(-sums.numel()))  # a process without points has none
+    return likelihood.completed(world.sum(sums.expand(size).clone()))
 
 
 def _cached(
     linearization: Linearization,
-    batches: Iterable[tuple[Inputs, Tensor]],
+    batches: Iterable[Batch],
     basis: Basis,
     example: Tensor,
     likelihood: Likelihood,
-) -> Cache:
-    """Run the network over the points; `example` are outputs of it, for a process without points."""
+    most: int,
+) -> Observations:
+    """Run the network over the points, for `most` rows of each; `example` are outputs, for a process without points."""
     rank = len(next(iter(basis.values())))
-    parts = [(*linearization.features(inputs, basis), targets) for inputs, targets in batches]
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for inputs, targets, weights in batches:
+        logits, features = map(linearization.at_positions, linearization.features(inputs, basis))
+        parts.append(observe(likelihood, logits, features, targets, weights, linearization.axis, most, generator))
     if not parts:  # more processes than points
-        none = example[:0]
-        return Cache(none, none.unsqueeze(2).expand(-1, -1, rank), none.new_empty(0, dtype=torch.long))
-    logits, features, targets = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Cache(logits, features, likelihood.check(logits, targets))
+        none = linearization.at_positions(example).flatten(0, -2)[:0]
+        targets = none if likelihood.per_output else none.new_empty(0, dtype=torch.long)
+        return Observations(none, none.unsqueeze(2).expand(-1, -1, rank), targets, none.new_empty(0))
+    return Observations(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def _calibrated(
-    unseen: Cache, hessian: Tensor, likelihood: Likelihood, settings: Settings, world: World
+    unseen: Observations, hessian: Tensor, likelihood: Likelihood, settings: Settings, world: World
 ) -> tuple[Posterior, dict[str, float]]:
     """The posterior with scales chosen on cached logits, features and targets, and the figures there."""
+    count = int(world.sum(torch.tensor(len(unseen.targets))))
+    if not count:
+        raise ValueError("no calibration point has a target that counts: pass calibration_loader= data with labels.")
     draws = standard_normal(settings.num_samples, unseen.features.shape[-1], settings.seed).to(unseen.features)
     given = {name: getattr(settings, name) for name in SCALES}
+    if settings.noise_variance is not None and likelihood.temperature_is_noise:
+        given["temperature"] = given["temperature"] or 1.0
     posterior = calibrate(
-        *unseen,
-        hessian,
-        likelihood,
-        predictive=settings.predictive,
-        draws=draws,
-        given=given,
-        world=world,
+        unseen, hessian, likelihood, predictive=settings.predictive, draws=draws, given=given, world=world
     )
     with world.together("the figures"):
         gaussian = Gaussian(unseen.logits, posterior.factor(unseen.features), draws)
-        probs = _probabilities(likelihood, gaussian, settings.predictive, posterior.temperature)
-    count = int(world.sum(torch.tensor(len(unseen.targets))))
-    targets = world.gather_rows(unseen.targets.unsqueeze(1), count)
-    gathered = [(name, world.gather_rows(values, count)) for name, values in probs.items()]
+        mine = _summaries(likelihood, gaussian, settings.predictive, posterior.temperature, unseen.targets)
+    targets = world.gather_rows(unseen.targets)
+    gathered = [(name, world.gather_rows(values)) for name, values in mine.items()]
     with world.together("the figures"):
         known = {name: values for name, values in gathered if values is not None}
-        figures = {} if targets is None else _figures(likelihood, known, targets.squeeze(1))
+        figures = {} if targets is None else _figures(likelihood, known, targets, unseen.logits.shape[1])
     figures = world.object_from_first(figures)
-    _say(posterior, figures, count, free_scales(given, unseen.features, hessian))
+    _say(posterior, figures, count, free_scales(given, unseen.features, hessian, likelihood))
     return posterior, figures
 
 
 def _say(posterior: Posterior, figures: dict[str, float], count: int, chosen: list[str]) -> None:
     """Log what was chosen, and warn of points that cannot tell."""
+    names = {"ece": "ECE", "crps": "CRPS"}
+    other = next(name for name in names if f"map/{name}" in figures)
     log.info(
-        "ELLA: %s, chosen on %d unseen points: NLL %.4f -> %.4f, ECE %.4f -> %.4f.",
+        "ELLA: %s, chosen on %d unseen points: NLL %.4f -> %.4f, %s %.4f -> %.4f.",
         *(", ".join(f"{name} {float(getattr(posterior, name)):.3g}" for name in chosen) or "no scale", count),
-        *(figures[f"{who}/{what}"] for what in ("nll", "ece") for who in ("map", "ella")),
+        *(figures["map/nll"], figures["ella/nll"]),
+        *(names[other], figures[f"map/{other}"], figures[f"ella/{other}"]),
     )
-    if posterior.temperature < CERTAIN or figures["ella/nll"] > figures["map/nll"] - 1e-4:
+    surer = posterior.temperature < CERTAIN and not posterior.softened
+    if surer or figures["ella/nll"] > figures["map/nll"] - 1e-4:
+        accuracy = f" (accuracy {100 * figures['map/accuracy']:.1f} %)" if "map/accuracy" in figures else ""
         log.warning(
-            "ELLA: the calibration points ask for no uncertainty (accuracy %.1f %%). Either the network is not "
+            "ELLA: the calibration points ask for no uncertainty%s. Either the network is not "
             "overconfident (trained too little?), or it was trained on them: pass calibration_loader= a loader of data "
             "never trained on.",
-            100 * figures["map/accuracy"],
+            accuracy,
         )
     if count < FEW and chosen:
         log.warning("ELLA: %d calibration points are few, so the scales are rough: hold out %d or more.", *(count, FEW))
@@ -383,24 +416,29 @@ def _given(hessian: Tensor, settings: Settings, prior: float) -> Posterior:
         ", ".join(f"{n}={v:g}" for n, v in scales.items() if n != "residual_scale" or settings.residual_scale)
         + ("" if settings.residual_scale else ", no variance outside the span"),
     )
-    return Posterior(hessian, **{name: torch.tensor(value).to(hessian) for name, value in scales.items()})
+    return Posterior(hessian, *(torch.tensor(scales[name]).to(hessian) for name in SCALES))
 
 
-def _probabilities(likelihood: Likelihood, logits: Gaussian, predictive: str, temperature: Tensor) -> dict[str, Tensor]:
-    """Those of the network as it was ("map") and of the posterior's predictive ("ella"), (n, C)."""
+def _summaries(
+    likelihood: Likelihood, logits: Gaussian, predictive: str, temperature: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """What metrics are made of, (n, …), for the network as it was ("map") and for the posterior ("ella")."""
     certain = Gaussian(logits.mean, torch.zeros_like(logits.factor[..., :1]), torch.zeros_like(logits.draws[:1, :1]))
     one, temperature = torch.ones_like(temperature).to(logits.mean), temperature.to(logits.mean)
+    first = likelihood.predictives[0]  # with nothing to integrate over, all are the same
     return {
-        "map": likelihood.predict(certain, "mc", one).probs,
-        "ella": likelihood.predict(logits, predictive, temperature).probs,
+        "map": likelihood.summary(likelihood.predict(certain, first, one), targets),
+        "ella": likelihood.summary(likelihood.predict(logits, predictive, temperature), targets),
     }
 
 
-def _figures(likelihood: Likelihood, probs: dict[str, Tensor], targets: Tensor) -> dict[str, float]:
+def _figures(
+    likelihood: Likelihood, summaries: dict[str, Tensor], targets: Tensor, num_outputs: int
+) -> dict[str, float]:
     """Metrics of each, by name: map/nll, ella/nll, and so on."""
     found = {}
-    for name, values in probs.items():
-        metrics = likelihood.metrics(values.shape[1], sync_on_compute=False).to(targets.device)
+    for name, values in summaries.items():
+        metrics = likelihood.metrics(num_outputs, sync_on_compute=False).to(targets.device)
         metrics.update(values, targets)
         found |= {f"{name}/{metric}": float(value) for metric, value in metrics.compute().items()}
     return found

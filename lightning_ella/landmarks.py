@@ -48,9 +48,17 @@ def class_balanced(points: Points, num_landmarks: int, num_outputs: int, generat
     return Landmarks(numbers.tolist(), _uniform_outputs(len(numbers), num_outputs, generator))
 
 
+def automatic(points: Points, num_landmarks: int, num_outputs: int, generator: Generator) -> Landmarks:
+    """As "uniform-class" where every point has a class, else as "uniform"."""
+    label = points.labels([0])
+    classes = label.ndim == 1 and not label.is_floating_point()
+    return (class_balanced if classes else uniform)(points, num_landmarks, num_outputs, generator)
+
+
 Rule = Callable[[Points, int, int, Generator], Landmarks]
 
 LANDMARKS: dict[str, Rule] = {
+    "auto": automatic,
     "uniform-class": class_balanced,
     "uniform": uniform,
 }

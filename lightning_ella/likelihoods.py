@@ -1,220 +1,526 @@
-"""What Λ, the negative log-likelihood and the predictive are: one class a likelihood.
+"""What a network's outputs mean: log p(y|f), its curvature and its predictive, one class a likelihood.
 
-To add one, subclass `Likelihood` and name it in `LIKELIHOODS`.
+To add one, subclass `Likelihood` and name it in `LIKELIHOODS`; a user does the same from outside. Outputs are (*, C):
+one row for each sample, or for each position (token, pixel) of a sample. Targets are (*), or (*, C) `per_output`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping
 from math import log, pi
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid, one_hot, pad
 from torchmetrics import MetricCollection
 
-from .metrics import classification_metrics
+from .metrics import classification_metrics, label_metrics, regression_metrics
+from .predictions import ClassPrediction, Gaussian, LabelPrediction, NormalPrediction, Prediction
 
-SAMPLES_BUDGET = 2**22  # numbers in one chunk of Monte Carlo logits: few enough to stay near the caches
-
-
-@dataclass  # not frozen: Lightning moves what predict_step returns to the CPU field by field
-class Gaussian:
-    """Logits with mean f(x) and covariance F Fᵀ, and the standard normal draws shared by all inputs."""
-
-    mean: Tensor  # (B, C)
-    factor: Tensor  # (B, C, K)
-    draws: Tensor = field(repr=False)  # (S, K)
-
-    @property
-    def covariance(self) -> Tensor:
-        """(B, C, C)."""
-        return self.factor @ self.factor.mT
-
-    @property
-    def variance(self) -> Tensor:
-        """(B, C), the diagonal of the covariance."""
-        return self.factor.square().sum(-1)
-
-    def expectation(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Monte Carlo mean (B, …) of `function`, which maps logits (s, B, C) to (s, B, …)."""
-        size = max(1, SAMPLES_BUDGET // max(1, self.mean.numel()))
-        parts = (Gaussian(self.mean, self.factor, z) for z in self.draws.split(size))
-        total = sum(function(part.samples()).sum(0) for part in parts)
-        return torch.as_tensor(total) / len(self.draws)
-
-    def samples(self) -> Tensor:
-        """Logits (S, B, C), one for each draw."""
-        return self.mean + (self.factor @ self.draws.T).movedim(-1, 0)  # (B, C, K) x (K, S) -> (S, B, C)
+IGNORED = -100  # the class index of a position that counts for nothing, as in torch's cross entropy
+LEVEL = 0.9  # of the interval whose coverage is reported
 
 
 class Likelihood(ABC):
-    """What a network's outputs mean. Logits are (B, C); targets are whatever the loader gives."""
+    """What a network's outputs mean.
 
-    predictives: tuple[str, ...]  # names of the ways to integrate over the posterior, the default first
+    A new one needs `log_prob`, `information` and `sample`; with `moments` it also gives means and variances.
+    """
+
+    predictives: tuple[str, ...] = ("mc",)  # names of the ways to integrate over the posterior, the default first
+    per_output = False  # targets are (*, C), one for each output, rather than (*)
+    invariant = False  # a constant added to all outputs changes nothing
+    has_temperature = False  # `tempered` does something, so that there is a temperature to choose
+    temperature_is_noise = False  # it multiplies a variance of noise, and divides the curvature
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Make one from the fields of `Settings`."""
+        return cls()
 
     @abstractmethod
-    def check(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log p(y|f), (*), nats, of outputs (*, C) that are certain."""
+
+    @abstractmethod
+    def information(self, outputs: Tensor) -> Tensor:
+        """Diagonal of Λ, (*, C): the Fisher information in the outputs, which for a canonical link is the Hessian."""
+
+    @abstractmethod
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Targets drawn from p(y|f)."""
+
+    def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of y, (*, C) each, at outputs that are certain."""
+        raise NotImplementedError(f"{type(self).__name__} has no moments(outputs), so it has no mean and variance.")
+
+    def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the targets as the other methods take them; a ValueError names the fix if they cannot be used."""
+        expected = outputs.shape if self.per_output else outputs.shape[:-1]
+        if targets.shape != expected:
+            raise ValueError(
+                f"{self._name} needs targets of the shape {tuple(expected)}, but they have the shape "
+                f"{tuple(targets.shape)}: pass unpack=lambda batch: (x, targets)."
+            )
+        return targets
 
-    @abstractmethod
-    def curvature(self, logits: Tensor, features: Tensor) -> Tensor:
-        """Σ_b Ψ_bᵀ Λ_b Ψ_b, (K, K), with Λ the Hessian of the negative log-likelihood in the logits."""
+    def observed(self, targets: Tensor) -> Tensor:
+        """Which positions count, (*), bool."""
+        shape = targets.shape[:-1] if self.per_output else targets.shape
+        return torch.ones(shape, dtype=torch.bool, device=targets.device)
 
-    @abstractmethod
-    def sampled_score(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """∇ log p(y|f) in the logits, (B, C), for one target each, drawn from the network's p(y|f) by uniforms (B,)."""
+    def curvature(self, outputs: Tensor, features: Tensor) -> Tensor:
+        """Σ Ψᵀ Λ Ψ over all rows, (K, K), for outputs (n, C) and features (n, C, K)."""
+        weighted = (self.information(outputs).sqrt().unsqueeze(-1) * features).flatten(0, -2)
+        return weighted.T @ weighted
 
-    @abstractmethod
-    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> "ClassPrediction":
-        """Integrate over the posterior of the logits, divided by the temperature ()."""
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """∇ log p(y|f) in the outputs, (*, C)."""
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            return torch.autograd.grad(self.log_prob(outputs, targets).sum(), outputs)[0]
 
-    @abstractmethod
-    def nll(self, prediction: "ClassPrediction", targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each target, (B,), nats."""
+    def tempered(self, logits: Gaussian, temperature: Tensor) -> Gaussian:
+        """Outputs at a temperature: as they are."""
+        return logits
 
-    @abstractmethod
+    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> Prediction:
+        """Integrate over the posterior of the outputs."""
+        return Prediction(logits, predictive, temperature, self)
+
+    def nll(self, prediction: Any, targets: Tensor) -> Tensor:
+        """−log E[p(y|f)], (*), nats, over the draws of the prediction."""
+        samples = prediction.tempered.samples()
+        logs = self.log_prob(samples, targets.expand(len(samples), *targets.shape))
+        return log(len(samples)) - logs.logsumexp(0)
+
+    def summary(self, prediction: Any, targets: Tensor) -> Tensor:
+        """What `metrics` are updated with, (n, …): scores of each point, the mean of which is a figure."""
+        mean, targets = prediction.rows_of(prediction.mean), targets.to(prediction.logits.mean)
+        low, high = (prediction.rows_of(end) for end in prediction.interval(LEVEL))
+        inside = (targets >= low) & (targets <= high)
+        scores = (mean - targets).square(), prediction.rows_of(prediction.crps(prediction.shaped(targets))), inside
+        nll = self.nll(prediction, targets)
+        return torch.stack([nll, *(score.to(nll).mean(-1) for score in scores)], -1)  # (n, 4)
+
     def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
-        """Figures of a predictive, updated with `(prediction.probs, targets)`; `options` are those of a Metric."""
+        """Figures of a predictive, updated with `(summary(prediction, targets), targets)`; options are of a Metric."""
+        return regression_metrics(**options)
+
+    # What a likelihood knows only from data, such as the variance of noise
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing to be estimated."""
+        return True
+
+    def statistics(self, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Sums over rows from which `completed` estimates."""
+        raise NotImplementedError
+
+    def completed(self, sums: Tensor) -> "Likelihood":
+        """This likelihood, with what was estimated from the sums over all rows."""
+        return self
+
+    def settled(self, temperature: Tensor) -> tuple["Likelihood", Tensor]:
+        """This likelihood, with the temperature in its noise if it belongs there, and the temperature that is left."""
+        return self, temperature
+
+    def stored(self) -> dict[str, Any]:
+        """Settings that make this likelihood again."""
+        return {}
+
+    @property
+    def _name(self) -> str:
+        names = [name for name, kind in LIKELIHOODS.items() if kind is type(self)]
+        return f"likelihood={names[0]!r}" if names else type(self).__name__
 
 
 class Classification(Likelihood):
-    """One of C classes; targets are class indices (B,)."""
+    """One of C classes; targets are class indices (*), or −100 for a position that counts for nothing."""
 
     predictives = ("mc", "probit", "bridge")
+    invariant = True
+    has_temperature = True
 
-    def check(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Whole numbers (B,) in [0, C), of any integer type."""
-        batch_size, num_classes = logits.shape
-        if targets.shape != (batch_size,) or targets.is_floating_point():
+    def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Whole numbers (*) in [0, C) or −100, of any integer type."""
+        expected, num_classes = tuple(outputs.shape[:-1]), outputs.shape[-1]
+        if num_classes < 2:
             raise ValueError(
-                f"likelihood='classification' needs class indices of the shape ({batch_size},), but the targets have "
+                f"{self._name} needs at least two outputs, but the network has one: pass likelihood='binary', or "
+                "'regression'."
+            )
+        if targets.shape != expected or targets.is_floating_point():
+            raise ValueError(
+                f"{self._name} needs class indices of the shape {expected}, but the targets have "
                 f"the shape {tuple(targets.shape)} and the type {targets.dtype}: pass unpack=lambda batch: (x, labels)."
             )
-        if targets.min() < 0 or targets.max() >= num_classes:
+        seen = targets[self.observed(targets)]
+        if len(seen) and (seen.min() < 0 or seen.max() >= num_classes):
             raise ValueError(
                 f"labels must lie in [0, {num_classes}), the network's outputs, but they reach from "
-                f"{int(targets.min())} to {int(targets.max())}: pass an unpack= that maps them there."
+                f"{int(seen.min())} to {int(seen.max())}: pass an unpack= that maps them there."
             )
         return targets.long()
 
-    def curvature(self, logits: Tensor, features: Tensor) -> Tensor:
+    def observed(self, targets: Tensor) -> Tensor:
+        """All but −100."""
+        return targets != IGNORED
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log softmax at the label."""
+        return outputs.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    def information(self, outputs: Tensor) -> Tensor:
+        """P (1 − p), which leaves out what Λ = diag(p) − ppᵀ has beside its diagonal: `curvature` does not."""
+        return outputs.softmax(-1) * (1 - outputs.softmax(-1))
+
+    def curvature(self, outputs: Tensor, features: Tensor) -> Tensor:
         """Λ = diag(p) − ppᵀ, as the covariance of features under p: centred, it does not cancel where p is sure."""
-        probs = logits.softmax(-1).unsqueeze(-1)  # (B, C, 1)
-        centred = features - (probs * features).sum(1, keepdim=True)  # (B, C, K)
-        weighted = (probs.sqrt() * centred).flatten(0, 1)  # (BC, K)
+        probs = outputs.softmax(-1).unsqueeze(-1)  # (n, C, 1)
+        centred = features - (probs * features).sum(-2, keepdim=True)  # (n, C, K)
+        weighted = (probs.sqrt() * centred).flatten(0, -2)  # (nC, K)
         return weighted.T @ weighted
 
-    def sampled_score(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """The one-hot label minus p; the label is where the distribution function passes the uniform number."""
-        probs = logits.softmax(-1)
-        passed = probs.double().cumsum(-1) <= uniforms.unsqueeze(1)  # (B, C)
-        labels = passed.sum(-1).clamp_max(probs.shape[1] - 1)
-        return torch.nn.functional.one_hot(labels, probs.shape[1]) - probs
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """A label each: where the distribution function passes a uniform number."""
+        probs = outputs.double().softmax(-1)
+        shape = (*outputs.shape[:-1], 1)
+        uniforms = torch.rand(shape, generator=generator, device=outputs.device, dtype=torch.float64)
+        return (probs.cumsum(-1) <= uniforms).sum(-1).clamp_max(outputs.shape[-1] - 1)
 
-    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> "ClassPrediction":
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The one-hot label minus p."""
+        return one_hot(targets, outputs.shape[-1]) - outputs.softmax(-1)
+
+    def tempered(self, logits: Gaussian, temperature: Tensor) -> Gaussian:
+        """Logits divided by the temperature."""
+        return logits / temperature
+
+    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> ClassPrediction:
         """Class probabilities by Monte Carlo ("mc"), the probit approximation or the Laplace bridge."""
-        return ClassPrediction(logits, predictive, temperature)
+        return ClassPrediction(logits, predictive, temperature, self)
 
-    def nll(self, prediction: "ClassPrediction", targets: Tensor) -> Tensor:
+    def nll(self, prediction: ClassPrediction, targets: Tensor) -> Tensor:
         """−log of the mean probability of the target."""
-        probs = prediction.probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+        probs = prediction.rows_of(prediction.probs).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         return -probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+
+    def summary(self, prediction: ClassPrediction, targets: Tensor) -> Tensor:
+        """Class probabilities, (n, C)."""
+        return prediction.rows_of(prediction.probs)
 
     def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
         """Accuracy, NLL, ECE in bins of equal width and of equal mass, Brier score and AURC."""
         return classification_metrics(num_outputs, **options)
 
 
-@dataclass
-class ClassPrediction:
-    """What the posterior says of a batch; everything but the logits is worked out when it is asked for."""
+class Preference(Classification):
+    """Which of C items is preferred, from a score of each (Bradley and Terry 1952; Luce 1959 for more than two).
 
-    logits: Gaussian
-    predictive: str
-    temperature: Tensor  # ()
-    novelty: Tensor | None = None  # (B,)
-
-    @property
-    def logits_mean(self) -> Tensor:
-        """(B, C), the outputs of the trained network, unchanged."""
-        return self.logits.mean
-
-    @property
-    def logits_covariance(self) -> Tensor:
-        """(B, C, C)."""
-        return self.logits.covariance
-
-    @property
-    def logits_variance(self) -> Tensor:
-        """(B, C), the diagonal of `logits_covariance` without the rest of it."""
-        return self.logits.variance
-
-    @cached_property
-    def probs(self) -> Tensor:
-        """(B, C) class probabilities, averaged over the posterior."""
-        return PREDICTIVES[self.predictive](self._tempered)
-
-    @cached_property
-    def entropy(self) -> Tensor:
-        """(B,) total uncertainty: the entropy of `probs`, nats."""
-        return entropy(self.probs)
-
-    @cached_property
-    def mutual_information(self) -> Tensor:
-        """(B,) epistemic uncertainty, nats: what the label would tell about the weights.
-
-        H(E[p]) − E[H(p)], both by Monte Carlo with the same draws, whichever way `probs` are computed.
-        """
-        mean = self.probs if self.predictive == "mc" else monte_carlo(self._tempered)
-        expected = self._tempered.expectation(lambda f: -(f.softmax(-1) * f.log_softmax(-1)).sum(-1))
-        return (entropy(mean) - expected).clamp_min(0)
-
-    @property
-    def _tempered(self) -> Gaussian:
-        mean, factor = self.logits.mean / self.temperature, self.logits.factor / self.temperature
-        return Gaussian(mean, factor, self.logits.draws)
-
-    def __len__(self) -> int:
-        return len(self.logits.mean)
-
-
-def monte_carlo(logits: Gaussian) -> Tensor:
-    """E[softmax(f)], (B, C), by sampling in K dimensions: f(x) + F z."""
-    return logits.expectation(lambda f: f.softmax(-1))
-
-
-def probit(logits: Gaussian) -> Tensor:
-    """Softmax of logits that are shrunk by their variance (MacKay 1992; Gibbs 1997), (B, C)."""
-    return (logits.mean / (1 + pi / 8 * logits.variance).sqrt()).softmax(-1)
-
-
-def laplace_bridge(logits: Gaussian) -> Tensor:
-    """Mean of the Dirichlet that matches the Gaussian (Hobbhahn et al. 2022, equation 5), (B, C).
-
-    Both are first centred over the classes, which the softmax does not notice. The bridge is close to Monte Carlo
-    only where the logits' variance is of order one; where it vanishes the bridge is not the softmax.
+    Outputs are the scores (B, C) of the items that were shown together, targets the index of the one that was chosen.
     """
-    mean, num_classes = logits.mean - logits.mean.mean(1, keepdim=True), logits.mean.shape[1]
-    variance = (logits.factor - logits.factor.mean(1, keepdim=True)).square().sum(-1)
-    variance = variance.clamp_min(torch.finfo(variance.dtype).eps)
-    evidence = mean + (-mean).logsumexp(-1, keepdim=True) - 2 * log(num_classes)
-    constant = torch.full_like(evidence, 1 - 2 / num_classes).log()
-    return (torch.logaddexp(constant, evidence) - variance.log()).softmax(-1)
 
 
-def entropy(probs: Tensor) -> Tensor:
-    """−Σ p log p over the last axis, nats."""
-    return torch.special.entr(probs).sum(-1)
+class Ordinal(Classification):
+    """One of C ordered classes, from C − 1 cumulative logits: P(y > c) = σ(f_c) (McCullagh 1980), as CORAL has them."""
+
+    predictives = ("mc",)
+    invariant = False
+
+    def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Whole numbers (*) in [0, C)."""
+        return super().check(pad(outputs, (0, 1)), targets)
+
+    @staticmethod
+    def probs(outputs: Tensor) -> Tensor:
+        """(*, C); cumulative probabilities that a draw put in the wrong order count as equal."""
+        above = pad(pad(outputs.sigmoid(), (1, 0), value=1.0), (0, 1))  # (*, C + 1)
+        probs = (above[..., :-1] - above[..., 1:]).clamp_min(torch.finfo(outputs.dtype).tiny)
+        return probs / probs.sum(-1, keepdim=True)
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log of the probability between two cumulative ones."""
+        return self.probs(outputs).log().gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    def information(self, outputs: Tensor) -> Tensor:
+        """Of each logit alone: `curvature` knows that they share classes."""
+        slopes, probs = outputs.sigmoid() * (-outputs).sigmoid(), self.probs(outputs)
+        return slopes.square() * (1 / probs[..., :-1] + 1 / probs[..., 1:])
+
+    def curvature(self, outputs: Tensor, features: Tensor) -> Tensor:
+        """Σ over classes of ∇p_c ∇p_cᵀ / p_c, with ∇p_c = σ'(f_{c−1}) − σ'(f_c)."""
+        slopes = (outputs.sigmoid() * (-outputs).sigmoid()).unsqueeze(-1) * features  # (n, C − 1, K)
+        steps = pad(slopes, (0, 0, 1, 0)) - pad(slopes, (0, 0, 0, 1))  # (n, C, K)
+        weighted = (steps / self.probs(outputs).sqrt().unsqueeze(-1)).flatten(0, -2)
+        return weighted.T @ weighted
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """A class each."""
+        return super().sample(self.probs(outputs).log(), generator)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """By autograd."""
+        return Likelihood.score(self, outputs, targets)
+
+    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> ClassPrediction:
+        """Class probabilities by Monte Carlo."""
+        return ClassPrediction(logits, predictive, temperature, self, link=self.probs)
+
+    def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
+        """As of classes without an order."""
+        return classification_metrics(num_outputs + 1, **options)
 
 
-PREDICTIVES: dict[str, Callable[[Gaussian], Tensor]] = {
-    "mc": monte_carlo,
-    "probit": probit,
-    "bridge": laplace_bridge,
-}
+class MultiLabel(Likelihood):
+    """C labels, each there or not (Bernoulli); targets are (*, C), numbers in [0, 1]."""
+
+    predictives = ("mc", "probit")
+    per_output = True
+    has_temperature = True
+
+    def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Numbers (*, C) in [0, 1]."""
+        targets = super().check(outputs, targets)
+        if targets.numel() and (targets.min() < 0 or targets.max() > 1):
+            raise ValueError(
+                f"{self._name} needs targets in [0, 1], but they reach from {float(targets.min()):g} to "
+                f"{float(targets.max()):g}: pass unpack=lambda batch: (x, targets)."
+            )
+        return targets.to(outputs.dtype)
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed over the labels."""
+        return (targets * logsigmoid(outputs) + (1 - targets) * logsigmoid(-outputs)).sum(-1)
+
+    def information(self, outputs: Tensor) -> Tensor:
+        """P (1 − p)."""
+        return outputs.sigmoid() * (-outputs).sigmoid()
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Zeros and ones."""
+        return torch.bernoulli(outputs.sigmoid(), generator=generator)
+
+    def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a Bernoulli variable."""
+        return outputs.sigmoid(), self.information(outputs)
+
+    def tempered(self, logits: Gaussian, temperature: Tensor) -> Gaussian:
+        """Logits divided by the temperature."""
+        return logits / temperature
+
+    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> LabelPrediction:
+        """Probability of each label by Monte Carlo or the probit approximation."""
+        return LabelPrediction(logits, predictive, temperature, self)
+
+    def nll(self, prediction: LabelPrediction, targets: Tensor) -> Tensor:
+        """Sum of −log of the mean probability of each label, as if labels were independent."""
+        probs, tiny = prediction.rows_of(prediction.probs), torch.finfo(prediction.probs.dtype).tiny
+        there, absent = probs.clamp_min(tiny).log(), (1 - probs).clamp_min(tiny).log()
+        return -(targets * there + (1 - targets) * absent).sum(-1)
+
+    def summary(self, prediction: LabelPrediction, targets: Tensor) -> Tensor:
+        """Probability of each label, (n, C)."""
+        return prediction.rows_of(prediction.probs)
+
+    def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
+        """Accuracy, NLL, ECE and Brier score over all labels."""
+        return label_metrics(**options)
+
+
+class Binary(MultiLabel):
+    """Two classes from one logit: P(y = 1) = σ(f); outputs are (B,) or (B, 1), targets (B,) or (B, 1)."""
+
+    def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Zeros and ones."""
+        if outputs.shape[-1] != 1:
+            raise ValueError(
+                f"{self._name} needs a network with one logit, but it has {outputs.shape[-1]}: pass "
+                "likelihood='classification' or 'multilabel'."
+            )
+        return super().check(outputs, targets.unsqueeze(-1) if targets.shape == outputs.shape[:-1] else targets)
+
+
+class Poisson(Likelihood):
+    """Counts with the rate exp(f); targets are (*, C)."""
+
+    per_output = True
+
+    def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Numbers of at least 0."""
+        targets = super().check(outputs, targets)
+        if targets.numel() and targets.min() < 0:
+            raise ValueError(f"{self._name} needs counts, but the targets go down to {float(targets.min()):g}.")
+        return targets.to(outputs.dtype)
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Y f − exp(f) − log y!, summed over the outputs."""
+        return (targets * outputs - outputs.exp() - (targets + 1).lgamma()).sum(-1)
+
+    def information(self, outputs: Tensor) -> Tensor:
+        """The rate."""
+        return outputs.exp()
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Counts."""
+        return torch.poisson(outputs.exp(), generator=generator)
+
+    def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Both the rate."""
+        return outputs.exp(), outputs.exp()
+
+
+class Regression(Likelihood):
+    """Real numbers (*, C), with Gaussian noise.
+
+    Args:
+        noise_variance: σ², one number or one for each output; None estimates it from residuals.
+        noise: "shared" by the outputs, or "per-output", where it is estimated.
+    """
+
+    predictives = ("exact",)
+    per_output = True
+    has_temperature = True
+    temperature_is_noise = True
+
+    def __init__(self, noise_variance: float | tuple[float, ...] | None = None, noise: str = "shared"):
+        self.noise_variance, self.noise = noise_variance, noise
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """With the noise that is given."""
+        return cls(settings["noise_variance"], settings["noise"])
+
+    def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Finite numbers (*, C)."""
+        targets = super().check(outputs, targets.unsqueeze(-1) if targets.shape == outputs.shape[:-1] else targets)
+        if not targets.isfinite().all():
+            raise ValueError(
+                f"{self._name} needs finite targets, but some are NaN or infinite: leave those points out."
+            )
+        if isinstance(self.noise_variance, tuple | list) and len(self.noise_variance) not in (1, outputs.shape[-1]):
+            raise ValueError(
+                f"noise_variance= has {len(self.noise_variance)} numbers, but the network has {outputs.shape[-1]} "
+                "outputs: pass one number, or one for each output."
+            )
+        return targets.to(outputs.dtype)
+
+    def variance(self, outputs: Tensor) -> Tensor:
+        """σ², (C,) or (1,)."""
+        given = 1.0 if self.noise_variance is None else self.noise_variance
+        return torch.atleast_1d(torch.as_tensor(given, dtype=torch.float64)).to(outputs)
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed over the outputs."""
+        return _normal_log_prob(targets - outputs, self.variance(outputs)).sum(-1)
+
+    def information(self, outputs: Tensor) -> Tensor:
+        """1 / σ²."""
+        return (1 / self.variance(outputs)).expand(outputs.shape)
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """The outputs with noise."""
+        return outputs + _normal(outputs, generator) * self.variance(outputs).sqrt()
+
+    def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and σ²."""
+        return outputs, self.variance(outputs).expand(outputs.shape)
+
+    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> NormalPrediction:
+        """In closed form; the temperature multiplies σ²."""
+        noise = self.variance(logits.mean) * temperature
+        return NormalPrediction(logits, predictive, temperature, self, noise_variance=noise)
+
+    def nll(self, prediction: NormalPrediction, targets: Tensor) -> Tensor:
+        """Summed over the outputs, as if they were independent."""
+        variance = prediction.logits.variance + prediction.noise_variance
+        return -_normal_log_prob(targets - prediction.logits.mean, variance).sum(-1)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the noise is known."""
+        return self.noise_variance is not None
+
+    def statistics(self, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Squared residuals of each output, (C,), and their weight, (1,)."""
+        squares = weights.double() @ (targets - outputs).double().square()
+        return torch.cat([squares, weights.double().sum().view(1)])
+
+    def completed(self, sums: Tensor) -> "Regression":
+        """With the mean squared residual as the variance of the noise: the maximum of the likelihood."""
+        squares = (sums[:-1] / sums[-1]).clamp_min(1e-12)
+        shared = self.noise == "shared"
+        return type(self)(float(squares.mean()) if shared else tuple(squares.tolist()), self.noise)
+
+    def settled(self, temperature: Tensor) -> tuple["Regression", Tensor]:
+        """With the noise times the temperature."""
+        variance = [float(value) * float(temperature) for value in self.variance(temperature.new_zeros(1))]
+        settled = type(self)(variance[0] if len(variance) == 1 else tuple(variance), self.noise)
+        return settled, torch.ones_like(temperature)
+
+    def stored(self) -> dict[str, Any]:
+        """The noise."""
+        return {"noise_variance": self.noise_variance}
+
+
+class Heteroscedastic(Likelihood):
+    """Real numbers with noise that the network knows: outputs are means and log-variances, (*, 2 C), in this order.
+
+    The Fisher information is that of the mean, 1/σ², and of the log-variance, ½ (compare Immer et al. 2023).
+    """
+
+    per_output = True
+    has_temperature = True
+
+    def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Numbers (*, C)."""
+        if outputs.shape[-1] % 2:
+            raise ValueError(f"{self._name} needs means and log-variances, an even number, not {outputs.shape[-1]}.")
+        means = outputs.chunk(2, -1)[0]
+        return super().check(means, targets.unsqueeze(-1) if targets.shape == means.shape[:-1] else targets).to(outputs)
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed over the means."""
+        mean, log_variance = outputs.chunk(2, -1)
+        return _normal_log_prob(targets - mean, log_variance.exp()).sum(-1)
+
+    def information(self, outputs: Tensor) -> Tensor:
+        """1/σ² and ½."""
+        log_variance = outputs.chunk(2, -1)[1]
+        return torch.cat([(-log_variance).exp(), torch.full_like(log_variance, 0.5)], -1)
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """The means with noise."""
+        mean, log_variance = outputs.chunk(2, -1)
+        return mean + _normal(mean, generator) * (log_variance / 2).exp()
+
+    def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and the variance of the noise."""
+        mean, log_variance = outputs.chunk(2, -1)
+        return mean, log_variance.exp()
+
+    def tempered(self, logits: Gaussian, temperature: Tensor) -> Gaussian:
+        """Variances of the noise times the temperature."""
+        mean, log_variance = logits.mean.chunk(2, -1)
+        return Gaussian(torch.cat([mean, log_variance + temperature.log()], -1), logits.factor, logits.draws)
+
+
+def _normal_log_prob(residuals: Tensor, variance: Tensor) -> Tensor:
+    return -0.5 * (residuals.square() / variance + (2 * pi * variance).log())
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "classification": Classification,
+    "multilabel": MultiLabel,
+    "binary": Binary,
+    "preference": Preference,
+    "ordinal": Ordinal,
+    "poisson": Poisson,
+    "regression": Regression,
+    "heteroscedastic": Heteroscedastic,
 }

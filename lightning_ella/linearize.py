@@ -20,8 +20,9 @@ Forward = Callable[[nn.Module, Inputs], Tensor]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Evaluate `model(inputs)`: how a network is called unless the user says otherwise."""
-    return model(inputs)
+    """Evaluate `model(inputs)`, or its `.logits`: how a network is called unless the user says otherwise."""
+    outputs = model(inputs)
+    return getattr(outputs, "logits", outputs)
 
 
 @contextmanager
@@ -86,6 +87,7 @@ class Network(nn.Module):
     def __init__(self, model: nn.Module, forward: Forward = call, names: Collection[str] | None = None):
         super().__init__()
         self.model, self._forward = model, forward
+        self.output_shape: tuple[int, ...] = ()  # of the last outputs, without B
         self.names: dict[Tensor, str] = {
             parameter: name
             for name, parameter in model.named_parameters()
@@ -104,8 +106,17 @@ class Network(nn.Module):
                 )
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Call the network as it is."""
-        return self._forward(self.model, inputs)
+        """Outputs (B, C) of the network as it is; those of several positions one after the other."""
+        outputs = check_outputs(self._forward(self.model, inputs), num_samples(inputs))
+        self.output_shape = tuple(outputs.shape[1:])
+        return outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(1)
+
+    def at_positions(self, flat: Tensor, axis: int | None) -> Tensor:
+        """What belongs to the outputs of the last call, (B, D, …), as (B, *, C, …): the C are at `axis`."""
+        if axis is None:
+            return flat
+        last = len(self.output_shape)
+        return flat.unflatten(1, self.output_shape).movedim(last if axis == -1 else axis, last)
 
     def at(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """Outputs (B, C) with some `parameters` replaced."""
@@ -127,14 +138,29 @@ class Network(nn.Module):
         return next(iter(self.names)).device
 
 
-def check_logits(logits: Any, batch_size: int) -> Tensor:
-    """Return `logits` if they are finite and (B, C) with C >= 2; raise a ValueError that names the fix if not."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch_size or logits.shape[1] < 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+def check_outputs(outputs: Any, batch_size: int) -> Tensor:
+    """Return `outputs` if they are (B, …) real numbers; raise a ValueError that names the fix if not."""
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != batch_size or not outputs.numel():
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
-            f"the network must map {batch_size} inputs to ({batch_size}, C) logits with C >= 2, but it gives {found}: "
-            "pass forward=lambda model, inputs: logits."
+            f"the network must map {batch_size} inputs to ({batch_size}, …) outputs, but it gives {found}: "
+            "pass forward=lambda model, inputs: outputs."
         )
+    return outputs
+
+
+def channel_axis(outputs: tuple[int, ...], channels: str) -> int | None:
+    """Where the network's outputs (B, *outputs) have their C; None for (B,).
+
+    "auto" takes the last axis of (B, C) and (B, L, C), and the first after B of (B, C, H, W).
+    """
+    if not outputs:
+        return None
+    return {"auto": 1 if len(outputs) > 2 else -1, "first": 1, "last": -1}[channels]
+
+
+def check_finite(logits: Tensor) -> Tensor:
+    """Return `logits` if they are finite; raise a ValueError that names the fix if not."""
     if not logits.isfinite().all():
         raise ValueError(
             "the network's outputs are NaN or infinite: check its weights (a diverged training?) and the inputs."

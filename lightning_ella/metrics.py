@@ -5,7 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    BinaryCalibrationError,
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+)
 from torchmetrics.utilities import dim_zero_cat
 
 
@@ -183,6 +188,96 @@ def classification_metrics(num_classes: int, **options: Any) -> MetricCollection
             "adaptive_ece": AdaptiveCalibrationError(num_bins=15, **options),
             "brier": BrierScore(**options),
             "aurc": AreaUnderRiskCoverage(**options),
+        },
+        compute_groups=False,
+    )
+
+
+class LabelNegativeLogLikelihood(_MeanScore):
+    """Mean of Σ_c −log p(y_c) over C labels, nats."""
+
+    def score(self, probs: Tensor, targets: Tensor) -> Tensor:
+        """Summed over the labels, (n,)."""
+        tiny = torch.finfo(torch.float32).tiny
+        logs = targets * probs.clamp_min(tiny).log() + (1 - targets) * (1 - probs).clamp_min(tiny).log()
+        return -logs.sum(-1)
+
+
+class LabelBrierScore(_MeanScore):
+    """Mean squared distance between probability and target, over all labels, in [0, 1] (Brier 1950)."""
+
+    def score(self, probs: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the labels, (n,)."""
+        return (probs - targets).square().mean(-1)
+
+
+class LabelAccuracy(BinaryAccuracy):
+    """Share of labels on the right side of ½; targets may be soft."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch: probabilities and targets in [0, 1], (n, C)."""
+        super().update(preds, (target > 0.5).long())
+
+
+class LabelCalibrationError(BinaryCalibrationError):
+    """|p − frequency| over bins of equal width; targets may be soft."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch: probabilities and targets in [0, 1], (n, C)."""
+        super().update(preds, (target > 0.5).long())
+
+
+def label_metrics(**options: Any) -> MetricCollection:
+    """Accuracy, NLL (of all labels of a point), ECE (15 bins) and Brier score of probabilities (n, C) and labels.
+
+    Args:
+        **options: of every Metric.
+    """
+    return MetricCollection(
+        {
+            "accuracy": LabelAccuracy(**options),
+            "nll": LabelNegativeLogLikelihood(**options),
+            "ece": LabelCalibrationError(n_bins=15, norm="l1", **options),
+            "brier": LabelBrierScore(**options),
+        },
+        compute_groups=False,
+    )
+
+
+class MeanColumn(_MeanScore):
+    """The mean of one column of scores that a likelihood has worked out, (n, S).
+
+    Args:
+        column: which.
+        root: take the root of the mean.
+        **kwargs: of every Metric.
+    """
+
+    def __init__(self, column: int, root: bool = False, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.column, self.root = column, root
+
+    def score(self, probs: Tensor, targets: Tensor) -> Tensor:
+        """The column, (n,)."""
+        return probs[:, self.column]
+
+    def compute(self) -> Tensor:
+        """The mean, or its root."""
+        return super().compute().sqrt() if self.root else super().compute()
+
+
+def regression_metrics(**options: Any) -> MetricCollection:
+    """NLL, RMSE, CRPS and coverage of the 90 % interval, from `Likelihood.summary`, (n, 4), and targets.
+
+    Args:
+        **options: of every Metric.
+    """
+    return MetricCollection(
+        {
+            "nll": MeanColumn(0, **options),
+            "rmse": MeanColumn(1, root=True, **options),
+            "crps": MeanColumn(2, **options),
+            "coverage_90": MeanColumn(3, **options),
         },
         compute_groups=False,
     )

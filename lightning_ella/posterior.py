@@ -1,14 +1,16 @@
 """The Gaussian over the coordinates of the basis and of the probes, and the choice of its scales on unseen points."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .distributed import World
-from .likelihoods import Gaussian, Likelihood
+from .likelihoods import Likelihood
 from .linearize import slices
+from .observations import Observations
+from .predictions import Gaussian
 
 SCALES = ("prior_variance", "covariance_scale", "residual_scale", "temperature")
 TUNING_BUDGET = 2**22  # logits sampled for one candidate
@@ -41,10 +43,12 @@ class Posterior:
     covariance_scale: Tensor  # s
     residual_scale: Tensor  # r
     temperature: Tensor  # T
+    softened: bool = field(default=False, kw_only=True)  # whether T divides H, as the variance of noise does
 
     def root(self) -> Tensor:
         """R (K, K) with R Rᵀ = s A⁻¹, float64: the symmetric one, which does not hang on the signs of eigenvectors."""
         eigenvalues, eigenvectors = torch.linalg.eigh(self.curvature)
+        eigenvalues = eigenvalues / self.temperature if self.softened else eigenvalues
         deviations = (self.covariance_scale / (eigenvalues.clamp_min(0) + 1 / self.prior_variance)).sqrt()
         return eigenvectors * deviations @ eigenvectors.T
 
@@ -56,9 +60,7 @@ class Posterior:
 
 
 def calibrate(
-    logits: Tensor,
-    features: Tensor,
-    targets: Tensor,
+    points: Observations,
     curvature: Tensor,
     likelihood: Likelihood,
     *,
@@ -75,9 +77,7 @@ def calibrate(
     largest is taken (compare the one-standard-error rule of Breiman et al. 1984).
 
     Args:
-        logits: (n, C) outputs at the calibration points.
-        features: (n, C, K + m), along the basis and the probes.
-        targets: what belongs to them.
+        points: outputs and features, along the basis and the probes, at the calibration points, and their targets.
         curvature: H, (K, K).
         likelihood: gives the NLL.
         predictive: how the posterior is integrated over.
@@ -86,10 +86,13 @@ def calibrate(
         world: the processes that share the calibration points; the arguments are then this one's share.
     """
     world = world or World()
+    logits, features, targets, weights = points
+    weights = logits.new_ones(len(logits)) if weights is None else weights
     count = int(world.sum(torch.tensor(len(logits))))
+    weights = weights.double() / world.sum(weights.double().sum()) * count  # one on average
     draws = draws[: max(MIN_DRAWS, TUNING_BUDGET // (count * logits.shape[1]))].double()
-    start = _start(features, curvature, given, count, world)
-    free = free_scales(given, features, curvature)
+    start = _start(points, curvature, likelihood, given, count, world)
+    free = free_scales(given, features, curvature, likelihood)
     precision = torch.tensor([WIDTHS[name] ** -2 / count for name in free]).to(curvature)
     parts = slices(len(logits), max(1, CHUNK // (logits.shape[1] * max(draws.shape))))
 
@@ -102,7 +105,8 @@ def calibrate(
         chosen = posterior(steps)
         # In float64: where the loss is flat, the rounding of float32 would decide where the search ends.
         gaussian = Gaussian(logits[part].double(), chosen.factor(features[part].double()), draws)
-        return likelihood.nll(likelihood.predict(gaussian, predictive, chosen.temperature), targets[part])
+        losses = likelihood.nll(likelihood.predict(gaussian, predictive, chosen.temperature), targets[part])
+        return weights[part] * losses
 
     def loss_and_gradient(steps: Tensor) -> tuple[Tensor, Tensor]:
         steps = steps.detach().requires_grad_()
@@ -132,10 +136,13 @@ def calibrate(
     return posterior((best * STEPS).round() / STEPS)
 
 
-def free_scales(given: Mapping[str, float | None], features: Tensor, curvature: Tensor) -> list[str]:
-    """Names of the scales to choose: those that are not given, and none of probes that there are not."""
-    probed = features.shape[2] > len(curvature)
-    return [name for name in SCALES if given.get(name) is None and (probed or name != "residual_scale")]
+def free_scales(
+    given: Mapping[str, float | None], features: Tensor, curvature: Tensor, likelihood: Likelihood
+) -> list[str]:
+    """Names of the scales to choose: those that are not given, and that do something."""
+    idle = set() if features.shape[2] > len(curvature) else {"residual_scale"}
+    idle |= set() if likelihood.has_temperature else {"temperature"}
+    return [name for name in SCALES if given.get(name) is None and name not in idle]
 
 
 def prior_by_evidence(curvature: Tensor, outside: Tensor, dimensions: int, weights: Iterable[Tensor]) -> float:
@@ -183,18 +190,29 @@ def largest(accepted: Callable[[float], bool], highest: float, steps: int = 12) 
 
 
 def _start(
-    features: Tensor, curvature: Tensor, given: Mapping[str, float | None], count: int, world: World
+    points: Observations,
+    curvature: Tensor,
+    likelihood: Likelihood,
+    given: Mapping[str, float | None],
+    count: int,
+    world: World,
 ) -> Posterior:
-    """The given scales; for the others, a prior like the curvature, variances of one at the mean logit, and T = 1."""
+    """The given scales; for the others, a prior like the curvature, variances of one at the mean logit, and T = 1.
+
+    Where the temperature is noise, variances of one would be of any size: its variance, then.
+    """
+    features, softened = points.features, likelihood.temperature_is_noise
 
     def scale(name: str, otherwise: Tensor | float) -> Tensor:
         value = given.get(name)
         return torch.as_tensor(otherwise if value is None else value, dtype=torch.float64, device=curvature.device)
 
     def inverse(variance: Tensor) -> Tensor:
-        return torch.where(variance > 0, 1 / variance, 1)
+        return torch.where(variance > 0, unit / variance, 1)
 
     one = curvature.new_ones(())
+    outputs = curvature.new_zeros(1, features.shape[1])
+    unit = 1 / likelihood.information(outputs).mean() if softened else one
     prior = scale("prior_variance", 1 / torch.linalg.eigvalsh(curvature).clamp_min(1e-8).log().mean().exp())
     squares = Posterior(curvature, prior, one, one, one).factor(features).square().sum((0, 1)).double()  # (K + m,)
     rank = len(curvature)
@@ -206,4 +224,5 @@ def _start(
         scale("covariance_scale", inside),
         scale("residual_scale", outside),
         scale("temperature", 1.0),
+        softened=softened,
     )

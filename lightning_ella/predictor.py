@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import artefact
-from .data import Inputs
+from .data import Inputs, as_tree
 from .engine import Linearization
-from .likelihoods import LIKELIHOODS, ClassPrediction, Gaussian
+from .likelihoods import LIKELIHOODS
 from .linearize import Basis, Forward, as_function, call, version
 from .posterior import SCALES, Posterior
+from .predictions import Gaussian, shaped
 from .residual import with_probes
 from .settings import Settings
 
@@ -76,13 +77,14 @@ class ELLAPredictor(nn.Module):
             with_probes(self._tangents, settings["residual"], settings["seed"])
         self.forward_function = forward
         self.settings, self.origin = dict(settings), origin
-        self.likelihood = LIKELIHOODS[settings["likelihood"]]()
+        self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
         self.draws = standard_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
         self.fingerprint = fingerprint(model)
         self._verified = _versions(model)
         self._linearization = linearize(model, forward, settings, self._tangents)
+        self._view: tuple[Forward, Linearization] | None = None
 
-    def forward(self, inputs: Inputs) -> ClassPrediction:
+    def forward(self, inputs: Inputs) -> Any:
         """Predict for a batch; works under `inference_mode`, in train mode and on any device that the model is on.
 
         Raises:
@@ -92,20 +94,21 @@ class ELLAPredictor(nn.Module):
         with as_function(self.model):
             gaussian = Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
             prediction = self.likelihood.predict(gaussian, self.settings["predictive"], self.temperature.to(logits))
+            prediction.axis = self.axis
             if features.shape[-1] > self.rank:
-                prediction.novelty = novelty(features, self.rank)
+                prediction.novelty = novelty(features, self.rank, centred=self.likelihood.invariant)
             return prediction
 
     def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Outputs f(x) (B, C), and features [Ψ, Ψ⊥] (B, C, K + m) along the basis and the m probes.
 
+        Where the network has several positions, (B, *, C) and (B, *, C, K + m), wherever it has its C itself.
+
         Raises:
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
         self._check_weights()
-        with as_function(self.model, self._tangents):
-            self._follow()
-            return self._linearization.features(tree_map(_out_of_inference, inputs), self._tangents)
+        return self._look(inputs, self._linearization)
 
     def sample_functions(self, num_functions: int, seed: int = 0) -> "SampledFunctions":
         """Draw S networks from the posterior, as functions that can be evaluated anywhere.
@@ -115,6 +118,24 @@ class ELLAPredictor(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         return SampledFunctions(self, torch.randn(num_functions, self.draws.shape[1], generator=generator))
+
+    def outputs(self, inputs: Inputs, forward: Forward | None = None) -> Gaussian:
+        """The Gaussian over the outputs, before likelihood and temperature, channels last.
+
+        Args:
+            inputs: a batch.
+            forward: another function of the same network, `(model, inputs) -> outputs`: a reward model that was fitted
+                on pairs gives the score of one answer, a classifier its features. All share one posterior, so a
+                difference such as `outputs(a) - outputs(b)` has the variance that it should.
+        """
+        logits, features = self.features(inputs) if forward is None else self._look(inputs, self._through(forward))
+        with as_function(self.model):
+            return Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
+
+    @property
+    def axis(self) -> int | None:
+        """Where the network's last outputs had their C; None where they had no such axis."""
+        return self._linearization.axis
 
     @property
     def basis(self) -> dict[str, Tensor]:
@@ -184,12 +205,27 @@ class ELLAPredictor(nn.Module):
         settings, origin = described["settings"], described["origin"]
         return cls(model, basis=basis, forward=forward, settings=settings, origin=origin, **parts)
 
+    def _look(self, inputs: Inputs, linearization: Linearization) -> tuple[Tensor, Tensor]:
+        with as_function(self.model, self._tangents):
+            self._follow()
+            found = linearization.features(tree_map(_out_of_inference, as_tree(inputs)), self._tangents)
+            logits, features = map(linearization.at_positions, found)
+            return logits, features
+
+    def _through(self, forward: Forward) -> Linearization:
+        """The network seen through another function; the last one is kept."""
+        self._check_weights()
+        if self._view is None or self._view[0] is not forward:
+            self._view = forward, linearize(self.model, forward, self.settings, self._tangents)
+        return self._view[1]
+
     def _check_weights(self) -> None:
         versions = _versions(self.model)
         if versions != self._verified:  # something wrote to the weights: see whether they changed
             _compare(self.fingerprint, fingerprint(self.model), "this posterior", self.origin)
             self._verified = versions
             self._linearization = linearize(self.model, self.forward_function, self.settings, self._tangents)
+            self._view = None
 
     def _follow(self) -> None:
         """Move the posterior to where the network is now."""
@@ -227,7 +263,8 @@ class SampledFunctions:
         logits, features = self.predictor.features(inputs)
         with as_function(self.predictor.model):
             gaussian = Gaussian(logits, self.predictor.posterior.factor(features), self.draws.to(features))
-            return gaussian.samples() / self.predictor.temperature.to(logits)
+            tempered = self.predictor.likelihood.tempered(gaussian, self.predictor.temperature.to(logits))
+            return shaped(tempered.samples(), self.predictor.axis, 2)
 
     def __getitem__(self, index: int) -> Callable[[Inputs], Tensor]:
         """One of them, a function from inputs to logits (B, C)."""
@@ -238,13 +275,15 @@ class SampledFunctions:
         return len(self.draws)
 
 
-def novelty(features: Tensor, rank: int) -> Tensor:
+def novelty(features: Tensor, rank: int, *, centred: bool = True) -> Tensor:
     """The share of an input's kernel that lies outside the span of the basis, (B,) in [0, 1].
 
-    tr(Ψ⊥ Ψ⊥ᵀ) / tr(Ψ Ψᵀ + Ψ⊥ Ψ⊥ᵀ), from features (B, C, K + m) centred over the outputs. Near one for inputs that the
-    landmarks tell nothing about: a score for out-of-distribution detection.
+    tr(Ψ⊥ Ψ⊥ᵀ) / tr(Ψ Ψᵀ + Ψ⊥ Ψ⊥ᵀ), from features (B, *, C, K + m), centred over the C outputs where only their
+    differences count. Near one for inputs that the landmarks tell nothing about: a score for out-of-distribution
+    detection.
     """
-    squares = (features - features.mean(1, keepdim=True)).square().sum(1)  # (B, K + m)
+    features = features - features.mean(-2, keepdim=True) if centred else features
+    squares = features.flatten(1, -2).square().sum(1)  # (B, K + m)
     return squares[:, rank:].sum(1) / squares.sum(1).clamp_min(torch.finfo(squares.dtype).tiny)
 
 
@@ -252,7 +291,7 @@ def linearize(
     model: nn.Module, forward: Forward, settings: Mapping[str, Any], parameters: Collection[str] | None = None
 ) -> Linearization:
     """Linearise `model` as `settings` say, over the named parameters or those that require gradients."""
-    names = ("engine", "precision", "samples_per_chunk", "tangents_per_chunk", "memory_budget")
+    names = ("engine", "precision", "samples_per_chunk", "tangents_per_chunk", "memory_budget", "channels")
     return Linearization(model, forward, names=parameters, **{name: settings[name] for name in names})
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from .curvature import CURVATURES
 from .engine import ENGINES, PRECISIONS
 from .landmarks import LANDMARKS
@@ -19,10 +21,18 @@ class Settings:
     """What a fit depends on, apart from the network and the data.
 
     Attributes:
-        likelihood: what the network's outputs mean: "classification".
+        likelihood: what the network's outputs mean: "classification", "multilabel", "binary", "preference", "ordinal",
+            "poisson", "regression" or "heteroscedastic"; or the name under which a class of your own is in
+            `LIKELIHOODS`.
+        noise_variance: σ² of "regression", a number or one for each output; None estimates it from residuals, and then
+            tunes it with the other scales.
+        noise: whether σ² is "shared" by the outputs or estimated "per-output".
+        channels: where outputs of several positions have their C: "first" as in (B, C, H, W), "last" as in (B, L, C);
+            "auto" takes the last axis of three, the second of four.
         num_landmarks: M, training inputs that the kernel is approximated from, one output of each.
         rank: K, directions of the kernel that are kept.
-        landmarks: how the landmarks are drawn: "uniform-class" or "uniform".
+        landmarks: how the landmarks are drawn: "uniform-class" (classes in turn, as in the paper) or "uniform"; "auto"
+            takes the first where every point has a class.
         curvature: "exact", or "sampled" with one backward pass a point.
         num_curvature: n, training points that the curvature is estimated from; None takes all.
         num_calibration: unseen points that the scales are chosen on, at most; None takes all.
@@ -33,7 +43,8 @@ class Settings:
         residual_scale: variance of every parameter outside the span; None chooses it on unseen points, and leaves the
             residual out where there are none.
         temperature: the logits are divided by it before they become probabilities; None chooses it on unseen points.
-        predictive: how probabilities are averaged over the posterior: "mc", "probit" or "bridge".
+        predictive: how the posterior is integrated over: "mc", "probit" or "bridge" for classes, "exact" for
+            regression; "auto" takes the likelihood's first.
         num_samples: Monte Carlo draws S.
         engine: how features are computed: "forward" or "layerwise" (reverse) mode; "auto" takes the cheaper one.
         precision: of the features: "full" is that of the weights, "bf16" is faster where the processor has it.
@@ -48,9 +59,12 @@ class Settings:
     """
 
     likelihood: str = "classification"
+    noise_variance: float | tuple[float, ...] | None = None
+    noise: str = "shared"
+    channels: str = "auto"
     num_landmarks: int = 2000
     rank: int = 20
-    landmarks: str = "uniform-class"
+    landmarks: str = "auto"
     curvature: str = "exact"
     num_curvature: int | None = 2000
     num_calibration: int | None = 5000
@@ -59,7 +73,7 @@ class Settings:
     residual: str | int = "auto"
     residual_scale: float | None = None
     temperature: float | None = None
-    predictive: str = "mc"
+    predictive: str = "auto"
     num_samples: int = 512
     engine: str = "auto"
     precision: str = "full"
@@ -72,7 +86,17 @@ class Settings:
     def __post_init__(self):
         _one_of("likelihood", self.likelihood, LIKELIHOODS)
         _one_of("landmarks", self.landmarks, LANDMARKS)
-        _one_of("predictive", self.predictive, LIKELIHOODS[self.likelihood].predictives)
+        predictives = LIKELIHOODS[self.likelihood].predictives
+        if self.predictive == "auto":
+            object.__setattr__(self, "predictive", predictives[0])
+        _one_of("predictive", self.predictive, predictives)
+        _one_of("noise", self.noise, ("shared", "per-output"))
+        _one_of("channels", self.channels, ("auto", "first", "last"))
+        if isinstance(self.noise_variance, Iterable):
+            object.__setattr__(self, "noise_variance", tuple(map(float, self.noise_variance)))
+        for value in torch.atleast_1d(torch.as_tensor(1.0 if self.noise_variance is None else self.noise_variance)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"noise_variance={self.noise_variance!r} must be positive, or None to estimate it.")
         _one_of("curvature", self.curvature, CURVATURES)
         _one_of("engine", self.engine, ENGINES)
         _one_of("precision", self.precision, PRECISIONS)

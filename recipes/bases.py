@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from lightning_ella import ELLAPredictor
 from lightning_ella.basis import nystrom_basis
 from lightning_ella.curvature import curvature
-from lightning_ella.data import Points, draw
+from lightning_ella.data import Batch, Points, draw
 from lightning_ella.engine import Linearization, cheaper
 from lightning_ella.landmarks import class_balanced, uniform
 from lightning_ella.likelihoods import Classification
@@ -58,18 +57,18 @@ class Task:
     @cached_property
     def num_outputs(self) -> int:
         """C."""
-        inputs, _ = next(iter(self.points.batches([0], "cpu")))
+        inputs, *_ = next(iter(self.points.batches([0], "cpu")))
         return self.linearization.sizes(inputs).num_outputs
 
     def gradients(self, numbers: list[int], cotangents: Callable[[Tensor, slice], Tensor]) -> Gradients:
         """Rows vᵀ J(x) of some points, with v = `cotangents(logits, which of them)`, (b, C)."""
         done = 0
-        for inputs, targets in tqdm(self.points.batches(numbers, "cpu"), desc="gradients", leave=False):
+        for inputs, targets, _ in tqdm(self.points.batches(numbers, "cpu"), desc="gradients", leave=False):
             which = slice(done, done := done + len(targets))
             rows = self.linearization.layerwise.rows(inputs, lambda f, which=which: cotangents(f, which).unsqueeze(1))
             yield {name: rows.pop(name).squeeze(1) for name in self.linearization.parameters}
 
-    def curvature_batches(self) -> Iterator[tuple[Any, Tensor]]:
+    def curvature_batches(self) -> Iterator[Batch]:
         """The training points that the curvature is summed over: the same for every rule."""
         numbers = draw(self.num_curvature, len(self.points), torch.Generator().manual_seed(0))
         yield from tqdm(self.points.batches(numbers, "cpu"), desc="curvature", leave=False)
@@ -100,8 +99,13 @@ def likely_outputs(task: Task) -> Basis:
     """The same points, the output of each drawn from the network's own p(y|x)."""
     chosen = class_balanced(task.points, task.num_landmarks, task.num_outputs, task.generator)
     uniforms = torch.rand(task.num_landmarks, generator=task.generator)
-    drawn = lambda f, which: LIKELIHOOD.sampled_score(f, uniforms[which])  # noqa: E731
-    return task.nystrom(chosen.numbers, lambda f, which: drawn(f, which) + f.softmax(-1))  # one-hot
+    return task.nystrom(chosen.numbers, lambda f, which: drawn(f, uniforms[which]))
+
+
+def drawn(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """One-hot labels (b, C) from the network's probabilities: where the distribution passes uniform numbers (b,)."""
+    passed = logits.softmax(-1).double().cumsum(-1) <= uniforms.unsqueeze(1)
+    return nn.functional.one_hot(passed.sum(-1).clamp_max(logits.shape[1] - 1), logits.shape[1]).to(logits)
 
 
 def weighted_rows(task: Task) -> Basis:
@@ -149,7 +153,7 @@ def krylov(task: Task) -> Basis:
     """One step of block Krylov on the curvature: the leading directions of it within the span of V and G V."""
     start = uniform_class(task)
     moved = {name: torch.zeros_like(part) for name, part in start.items()}
-    for inputs, _ in task.curvature_batches():
+    for inputs, *_ in task.curvature_batches():
         logits, features = task.linearization.features(inputs, start)
         p = logits.softmax(-1).unsqueeze(2)
         weighted = p * features - p * (p * features).sum(1, keepdim=True)  # Λ Ψ, (B, C, K)
@@ -187,7 +191,7 @@ def summed_curvature(task: Task, basis: Basis) -> Tensor:
     """H along a basis, with whatever probes are in it."""
     count = min(task.num_curvature, len(task.points))
     return curvature(
-        *(task.linearization, task.curvature_batches(), basis, LIKELIHOOD, len(task.points)), uniforms=torch.rand(count)
+        *(task.linearization, task.curvature_batches(), basis, LIKELIHOOD, len(task.points)), seeds=torch.zeros(count)
     )
 
 

@@ -155,7 +155,7 @@ def gradient(bench: Bench, samples: int) -> Job:
 def projection(bench: Bench, samples: int) -> Job:
     """This package's curvature from sampled labels."""
     linearization = Linearization(bench.model)
-    return Job(lambda: linearization.projections(bench.images[:samples], torch.sin, bench.basis), samples)
+    return Job(lambda: linearization.projections(bench.images[:samples], lambda f, _: f.sin(), bench.basis), samples)
 
 
 def jobs(config: DictConfig) -> dict[str, Callable[[Bench], Job]]:

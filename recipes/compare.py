@@ -34,9 +34,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lightning_ella import ELLAPredictor, fit_ella
-from lightning_ella.likelihoods import Classification, Gaussian
+from lightning_ella.likelihoods import Classification
 from lightning_ella.plots import calibration_under_shift, reliability_diagram, risk_coverage
 from lightning_ella.posterior import SCALES, Posterior, calibrate
+from lightning_ella.predictions import Gaussian
 
 BATCH = 16  # images that all methods see before the next: rivals share their Jacobians
 OURS = "lightning-ella"
@@ -99,7 +100,7 @@ class Own:
     def variant(self, given: dict[str, float | None]) -> Predict:
         """With some scales fixed and the others tuned on the held-out points."""
         posterior = calibrate(
-            *self.unseen,
+            self.unseen,
             self.predictor.curvature,
             self.likelihood,
             predictive="mc",

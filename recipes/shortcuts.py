@@ -27,14 +27,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lightning_ella import ELLAPredictor, fit_ella
-from lightning_ella.fit import Cache
+from lightning_ella.observations import Observations
 from lightning_ella.posterior import Posterior, calibrate
 
 PAPER_PRIOR_VARIANCE = 0.04
 FEWER = (250, 500, 1000, 2000, 5000, 10_000, 20_000)
 
 
-def paper(curvatures: dict[int, Tensor], total: int, unseen: Cache, test: Cache, draws: Tensor) -> tuple[float, int]:
+def paper(
+    curvatures: dict[int, Tensor], total: int, unseen: Observations, test: Observations, draws: Tensor
+) -> tuple[float, int]:
     """NLL on the test images, and where the paper's protocol stops.
 
     After n points its posterior covariance is (Σ_n + n I / (N σ₀²))⁻¹: that of the mean curvature, times N / n.
@@ -95,13 +97,13 @@ def main(config: DictConfig) -> None:
     loss, stop = paper(curvatures, total, held, tested, base.draws)
     rows[f"the paper's protocol (stops at {stop:,})"] = {"nll": loss}
     for n in (*(n for n in FEWER if n < len(visited.logits)), len(visited.logits)):
-        part = Cache(*(values[:n] for values in visited))
+        part = visited.rows(slice(n))
         mean = LIKELIHOOD.curvature(part.logits.double(), part.features.double()) / len(part.logits)
         chosen = calibrate(
-            *held, mean * total, LIKELIHOOD, predictive="mc", draws=base.draws, given={"temperature": 1.0}
+            held, mean * total, LIKELIHOOD, predictive="mc", draws=base.draws, given={"temperature": 1.0}
         )
         rows[f"curvature from {n:,} points, tuned"] = {"nll": nll(tested, chosen, base.draws)}
-    certain = Cache(tested.logits, torch.zeros_like(tested.features), tested.targets)
+    certain = Observations(tested.logits, torch.zeros_like(tested.features), tested.targets)
     rows["MAP"] = {"nll": nll(certain, base.posterior, base.draws[:1])}
     show(rows, config.num_test)
     (Path(HydraConfig.get().runtime.output_dir) / "shortcuts.json").write_text(json.dumps(rows, indent=2))

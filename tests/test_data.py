@@ -24,7 +24,7 @@ DATA = TensorDataset(torch.arange(10.0), torch.arange(10))
 
 
 def visited(points: Points) -> list[int]:
-    return [int(y) for _, targets in points.batches(range(len(points)), "cpu") for y in targets]
+    return [int(y) for _, targets, _ in points.batches(range(len(points)), "cpu") for y in targets]
 
 
 @settings(deadline=None, max_examples=30)
@@ -79,7 +79,7 @@ def test_names_of_classes_are_no_labels():
 
 def test_chosen_points_come_in_their_order():
     points = Points(DataLoader(Subset(DATA, [9, 8, 7]), 2))
-    assert [y.tolist() for _, y in points.batches([2, 0], "cpu")] == [[7, 9]]
+    assert [y.tolist() for _, y, _ in points.batches([2, 0], "cpu")] == [[7, 9]]
 
 
 def test_labels_of_a_subset_need_no_inputs():

@@ -298,7 +298,7 @@ def test_sums_and_rows_cross_processes(pool: Pool):
 
 def exchanged(world: World) -> dict[str, Any]:
     mine = list(world.share(range(6)))
-    rows = world.gather_rows(torch.tensor(mine, dtype=torch.float32).unsqueeze(1), 6)
+    rows = world.gather_rows(torch.tensor(mine, dtype=torch.float32).unsqueeze(1))
     tensors: dict[str, Tensor] = {"a": torch.tensor([7.0, 0.0])} if world.first else {}
     return {
         "sum": float(world.sum(torch.tensor(float(world.rank)))),

@@ -224,8 +224,8 @@ def test_other_batches_and_calls_work_through_their_hooks():
         ({"num_curvature": 0}, "num_curvature=0"),
         ({"prior_variance": -1.0}, "prior_variance=-1.0 must be a positive number"),
         ({"covariance_scale": float("nan")}, "covariance_scale=nan must be"),
-        ({"likelihood": "poisson"}, "likelihood='poisson' is not one of 'classification'"),
-        ({"landmarks": "best"}, "landmarks='best' is not one of 'uniform-class', 'uniform'"),
+        ({"likelihood": "gamma"}, "likelihood='gamma' is not one of 'classification'"),
+        ({"landmarks": "best"}, "landmarks='best' is not one of 'auto', 'uniform-class', 'uniform'"),
         ({"predictive": "exact"}, "predictive='exact' is not one of 'mc', 'probit', 'bridge'"),
     ],
 )

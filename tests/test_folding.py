@@ -143,7 +143,7 @@ def test_features_are_exact_whether_or_not_it_folds(name: str, engine: str, imag
     with as_function(net):
         linearization = Linearization(net, engine=engine)
         logits, features = linearization.features(images, basis)
-        _, projections = linearization.projections(images, torch.sin, basis)
+        _, projections = linearization.projections(images, lambda f, _: f.sin(), basis)
     assert linearization._folding is not None
     assert len(linearization._folding.pairs) == expected
     assert ("forward" in vars(net.bn1)) == (name == "patched")

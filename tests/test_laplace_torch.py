@@ -37,7 +37,7 @@ def test_same_covariance_with_the_same_basis(name: str):
         columns = peer.dual_directions.T.split([p.numel() for p in parameters.values()], dim=1)
         basis = {n: c.reshape(-1, *p.shape) for (n, p), c in zip(parameters.items(), columns, strict=True)}
         hessian = curvature(
-            linearization, case.loader(), basis, Classification(), len(case), uniforms=torch.zeros(len(case))
+            linearization, case.loader(), basis, Classification(), len(case), seeds=torch.zeros(len(case))
         )
     predictor = ELLAPredictor(
         case.model,

@@ -4,20 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ella.likelihoods import (
-    Classification,
-    ClassPrediction,
-    Gaussian,
-    entropy,
-    laplace_bridge,
-    monte_carlo,
-    probit,
-)
+from lightning_ella.likelihoods import Classification
+from lightning_ella.predictions import ClassPrediction, Gaussian, entropy, laplace_bridge, probit
 from lightning_ella.predictor import standard_normal
 
 CLASSES, RANK = 4, 3
 
 ONE = torch.ones(())
+
+
+def monte_carlo(logits: Gaussian) -> Tensor:
+    return logits.expectation(lambda f: f.softmax(-1))
 
 
 def gaussian(scale: float = 1.0, batch_size: int = 5, num_samples: int = 4096) -> Gaussian:
@@ -133,7 +130,7 @@ def test_covariance_and_variance_match():
 
 def test_chunks_of_draws_do_not_matter(monkeypatch: pytest.MonkeyPatch):
     whole = monte_carlo(gaussian())
-    monkeypatch.setattr("lightning_ella.likelihoods.SAMPLES_BUDGET", 7)
+    monkeypatch.setattr("lightning_ella.predictions.SAMPLES_BUDGET", 7)
     torch.testing.assert_close(monte_carlo(gaussian(num_samples=4096)), whole)
 
 

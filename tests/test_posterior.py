@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_ella.likelihoods import Classification, Gaussian
+from lightning_ella.likelihoods import Classification
+from lightning_ella.observations import Observations
 from lightning_ella.posterior import SCALES, Posterior, calibrate, largest, minimise, prior_by_evidence
+from lightning_ella.predictions import Gaussian
 from lightning_ella.predictor import standard_normal
 
 
@@ -70,9 +72,9 @@ def labelled(scale: float, num_points: int) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def calibrated(scale: float, num_points: int, **options) -> Posterior:
-    logits, features, targets = labelled(scale, num_points)
+    points = Observations(*labelled(scale, num_points))
     options = {"predictive": "mc", "draws": standard_normal(512, 4, 0), **options}
-    return calibrate(logits, features, targets, torch.eye(options.pop("rank", 4)).double(), Classification(), **options)
+    return calibrate(points, torch.eye(options.pop("rank", 4)).double(), Classification(), **options)
 
 
 def test_calibration_recovers_the_scale_that_made_the_labels():
@@ -87,7 +89,10 @@ def test_calibration_recovers_the_temperature_that_made_the_labels():
     targets = torch.distributions.Categorical(logits=logits / 2.0).sample()
     draws = standard_normal(64, 4, 0)
     posterior = calibrate(
-        *(logits, features, targets, torch.eye(4).double(), Classification()), predictive="mc", draws=draws, given={}
+        *(Observations(logits, features, targets), torch.eye(4).double(), Classification()),
+        predictive="mc",
+        draws=draws,
+        given={},
     )
     gaussian = Gaussian(logits, posterior.factor(features), draws)
     probs = Classification().predict(gaussian, "mc", posterior.temperature.float()).probs
@@ -121,7 +126,9 @@ def test_a_few_points_do_no_great_harm(count: int):
         targets = distribution.sample()
         few = (values[:count] for values in (logits, features, targets))
         draws = standard_normal(64, 4, 0)
-        posterior = calibrate(*few, torch.eye(2).double(), Classification(), predictive="mc", draws=draws, given={})
+        posterior = calibrate(
+            Observations(*few), torch.eye(2).double(), Classification(), predictive="mc", draws=draws, given={}
+        )
         gaussian = Gaussian(logits, posterior.factor(features), draws)
         prediction = Classification().predict(gaussian, "mc", posterior.temperature.float())
         loss = Classification().nll(prediction, targets).mean()

@@ -1,0 +1,348 @@
+"""What a posterior says of a batch: the Gaussian over outputs, and what is read off it.
+
+Outputs are (*, C): B samples, or B samples of several positions (tokens, pixels) with C outputs each.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import log, pi
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .likelihoods import Likelihood
+
+FEWEST_TARGETS = 256  # that quantiles come from
+SAMPLES_BUDGET = 2**22  # numbers in one chunk of Monte Carlo outputs: few enough to stay near the caches
+
+
+@dataclass  # not frozen: Lightning moves what predict_step returns to the CPU field by field
+class Gaussian:
+    """Outputs with mean f(x) and covariance F Fᵀ, and the standard normal draws shared by all inputs.
+
+    Everything from one posterior is in the same K coordinates, so a difference of two has its own covariance.
+    """
+
+    mean: Tensor  # (*, C)
+    factor: Tensor  # (*, C, K)
+    draws: Tensor = field(repr=False)  # (S, K)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(*, C, C), of the outputs of one position."""
+        return self.factor @ self.factor.mT
+
+    @property
+    def variance(self) -> Tensor:
+        """(*, C), the diagonal of the covariance."""
+        return self.factor.square().sum(-1)
+
+    @property
+    def joint(self) -> "LowRank":
+        """The covariance of all outputs of all positions and samples, (n, n) with n the numbers in `mean`; lazy."""
+        return LowRank(self.factor.flatten(0, -2))
+
+    def __sub__(self, other: "Gaussian") -> "Gaussian":
+        """The difference, whose variance knows that the two go together: Var(a) + Var(b) − 2 Cov(a, b)."""
+        return Gaussian(self.mean - other.mean, self.factor - other.factor, self.draws)
+
+    def __truediv__(self, by: Tensor) -> "Gaussian":
+        return Gaussian(self.mean / by, self.factor / by, self.draws)
+
+    def expectation(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Monte Carlo mean (*, …) of `function`, which maps outputs (s, *, C) to (s, *, …)."""
+        size = max(1, SAMPLES_BUDGET // max(1, self.mean.numel()))
+        parts = (Gaussian(self.mean, self.factor, z) for z in self.draws.split(size))
+        total = sum(function(part.samples()).sum(0) for part in parts)
+        return torch.as_tensor(total) / len(self.draws)
+
+    def samples(self) -> Tensor:
+        """Outputs (S, *, C), one for each draw."""
+        return self.mean + (self.factor @ self.draws.T).movedim(-1, 0)  # (*, C, K) x (K, S) -> (S, *, C)
+
+
+class LowRank:
+    """The matrix F Fᵀ, (n, n), that is never built: products, diagonal and blocks from F, (n, K)."""
+
+    def __init__(self, factor: Tensor):
+        self.factor = factor
+        self.shape = torch.Size((len(factor), len(factor)))
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """F (Fᵀ v), (n,) or (n, k)."""
+        return self.factor @ (self.factor.T @ vectors)
+
+    def __getitem__(self, index: tuple) -> Tensor:
+        """A block: rows and columns by slices, tensors of indices or numbers."""
+        rows, columns = index
+        return self.factor[rows] @ self.factor[columns].mT
+
+    def diagonal(self) -> Tensor:
+        """(n,)."""
+        return self.factor.square().sum(1)
+
+
+@dataclass
+class Prediction:
+    """What the posterior says of a batch, by Monte Carlo over its outputs, for any likelihood.
+
+    Everything but the logits is worked out when it is asked for. Shapes are those of the network's outputs.
+    """
+
+    logits: Gaussian
+    predictive: str
+    temperature: Tensor  # ()
+    likelihood: "Likelihood | None" = None
+    novelty: Tensor | None = None  # (B,)
+    axis: int | None = -1  # of the network's outputs, where C is; None if they have no such axis
+
+    @property
+    def logits_mean(self) -> Tensor:
+        """(B, C), the outputs of the trained network, unchanged."""
+        return self.shaped(self.logits.mean)
+
+    @property
+    def logits_covariance(self) -> Tensor:
+        """(B, C, C); (B, *, C, C) where there are several positions. All of it at once: `logits.joint`."""
+        return self.logits.covariance
+
+    @property
+    def logits_variance(self) -> Tensor:
+        """(B, C), the diagonal of `logits_covariance` without the rest of it."""
+        return self.shaped(self.logits.variance)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """E[y], (B, C)."""
+        return self.shaped(self._moments[0])
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """Var[y], (B, C): of the noise, and of what is not known of the network."""
+        return self.shaped(self._moments[1])
+
+    def log_prob(self, targets: Tensor) -> Tensor:
+        """Log p(y), (B,), nats; of several outputs the sum, as if they were independent where a likelihood says so."""
+        assert self.likelihood is not None
+        rows = self.rows_of(targets.to(self.logits.mean)) if self.likelihood.per_output else targets
+        return -self.likelihood.nll(self, self.likelihood.check(self.logits.mean, rows))
+
+    def sample(self, seed: int = 0) -> Tensor:
+        """Targets (S, B, C), one for each draw of the network, with their noise."""
+        assert self.likelihood is not None
+        drawn = self._targets(seed)
+        return shaped(drawn, self.axis, 2) if self.likelihood.per_output else drawn
+
+    def quantile(self, q: float | Sequence[float]) -> Tensor:
+        """Quantiles of y, (B, C) for a number, (Q, B, C) for several."""
+        found = shaped(self._quantiles(torch.atleast_1d(torch.as_tensor(q))), self.axis, 2)
+        return found[0] if isinstance(q, float) else found
+
+    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """The central interval that holds y with probability `level`: its ends, (B, C) each."""
+        low, high = self.quantile([(1 - level) / 2, (1 + level) / 2])
+        return low, high
+
+    def crps(self, targets: Tensor) -> Tensor:
+        """Continuous ranked probability score (Gneiting and Raftery 2007), (B, C), in the units of y."""
+        return self.shaped(self._crps(self.rows_of(targets.to(self.logits.mean))))
+
+    def shaped(self, values: Tensor) -> Tensor:
+        """(*, C) to the shape of the network's outputs."""
+        return shaped(values, self.axis)
+
+    def rows_of(self, targets: Tensor) -> Tensor:
+        """Targets in the shape of the network's outputs to (*, C)."""
+        alone = self.axis is None or targets.ndim == self.logits.mean.ndim - 1  # (B,) for a single output
+        return targets.unsqueeze(-1) if alone else targets.movedim(self.axis, -1)  # type: ignore[arg-type]
+
+    @property
+    def tempered(self) -> Gaussian:
+        """Outputs as the likelihood takes them, at the temperature."""
+        assert self.likelihood is not None
+        return self.likelihood.tempered(self.logits, self.temperature)
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """By the law of total variance, (*, C) each."""
+        assert self.likelihood is not None
+        likelihood = self.likelihood
+
+        def powers(f: Tensor) -> Tensor:
+            mean, variance = likelihood.moments(f)
+            return torch.stack([mean, variance + mean.square()], -1)
+
+        first, second = self.tempered.expectation(powers).unbind(-1)
+        return first, (second - first.square()).clamp_min(0)
+
+    def _targets(self, seed: int = 0) -> Tensor:
+        assert self.likelihood is not None
+        generator = torch.Generator(self.logits.mean.device).manual_seed(seed)
+        copies = max(1, FEWEST_TARGETS // len(self.logits.draws))  # a network that is certain has one draw
+        return self.likelihood.sample(self.tempered.samples().repeat_interleave(copies, 0), generator)
+
+    def _quantiles(self, q: Tensor) -> Tensor:
+        drawn = self._targets().sort(0).values
+        return drawn[(q.to(drawn.device) * (len(drawn) - 1)).round().long()]
+
+    def _crps(self, targets: Tensor) -> Tensor:
+        """E|X − y| − ½ E|X − X'|, without bias, from sorted samples of X."""
+        drawn = self._targets().sort(0).values
+        count = len(drawn)
+        weights = (2 * torch.arange(1, count + 1) - count - 1).to(drawn) / (count * max(1, count - 1))
+        return (drawn - targets).abs().mean(0) - torch.einsum("s,s...->...", weights, drawn)
+
+    def __len__(self) -> int:
+        return len(self.logits.mean)
+
+
+def shaped(values: Tensor, axis: int | None, batch_axes: int = 1) -> Tensor:
+    """(…, B, *, C), with so many axes up to B, to where the network has its C: `axis` after B is 1."""
+    if axis is None:
+        return values.squeeze(-1)
+    return values.movedim(-1, axis if axis < 0 else axis + batch_axes - 1)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Probabilities of C classes."""
+    return logits.softmax(-1)
+
+
+@dataclass
+class ClassPrediction(Prediction):
+    """One of C classes: probabilities, and how uncertain they are."""
+
+    link: Callable[[Tensor], Tensor] = softmax  # outputs (*, C) to probabilities of classes
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """(B, C) class probabilities, averaged over the posterior."""
+        return self.shaped(self._probs)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """(B,) total uncertainty: the entropy of `probs`, nats."""
+        return entropy(self._probs)
+
+    @cached_property
+    def mutual_information(self) -> Tensor:
+        """(B,) epistemic uncertainty, nats: what the label would tell about the weights.
+
+        H(E[p]) − E[H(p)], both by Monte Carlo with the same draws, whichever way `probs` are computed.
+        """
+        mean = self._probs if self.predictive == "mc" else self.tempered.expectation(self.link)
+        expected = self.tempered.expectation(lambda f: entropy(self.link(f)))
+        return (entropy(mean) - expected).clamp_min(0)
+
+    @property
+    def tempered(self) -> Gaussian:
+        """Logits divided by the temperature."""
+        return self.logits / self.temperature
+
+    @cached_property
+    def _probs(self) -> Tensor:
+        closed = CLOSED_FORMS.get(self.predictive)
+        return self.tempered.expectation(self.link) if closed is None else closed(self.tempered)
+
+
+@dataclass
+class LabelPrediction(Prediction):
+    """C labels, each there or not (or one, of a binary classifier)."""
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """(B, C), of each label to be there, averaged over the posterior."""
+        return self.shaped(self._probs)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """(B, C) total uncertainty of each label, nats."""
+        return self.shaped(binary_entropy(self._probs))
+
+    @cached_property
+    def mutual_information(self) -> Tensor:
+        """(B, C) epistemic uncertainty of each label, nats."""
+        expected = self.tempered.expectation(lambda f: binary_entropy(f.sigmoid()))
+        mean = self._probs if self.predictive == "mc" else self.tempered.expectation(torch.sigmoid)
+        return self.shaped((binary_entropy(mean) - expected).clamp_min(0))
+
+    @property
+    def tempered(self) -> Gaussian:
+        """Logits divided by the temperature."""
+        return self.logits / self.temperature
+
+    @cached_property
+    def _probs(self) -> Tensor:
+        logits = self.tempered
+        if self.predictive == "mc":
+            return logits.expectation(torch.sigmoid)
+        return (logits.mean / (1 + pi / 8 * logits.variance).sqrt()).sigmoid()  # MacKay 1992
+
+
+@dataclass
+class NormalPrediction(Prediction):
+    """Outputs with Gaussian noise of known variance, in closed form: y ~ N(f(x), F Fᵀ + σ²)."""
+
+    noise_variance: Tensor = field(default_factory=lambda: torch.ones(1))  # σ², (C,), at the temperature
+
+    @property
+    def tempered(self) -> Gaussian:
+        """The outputs as they are: the temperature is in the noise."""
+        return self.logits
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        return self.logits.mean, self.logits.variance + self.noise_variance
+
+    def _targets(self, seed: int = 0) -> Tensor:
+        generator = torch.Generator(self.logits.mean.device).manual_seed(seed)
+        drawn = self.logits.samples()
+        noise = torch.randn(drawn.shape, generator=generator, device=drawn.device, dtype=drawn.dtype)
+        return drawn + noise * self.noise_variance.sqrt()
+
+    def _quantiles(self, q: Tensor) -> Tensor:
+        mean, variance = self._moments
+        steps = torch.special.ndtri(q.to(mean)).view(-1, *[1] * mean.ndim)
+        return mean + steps * variance.sqrt()
+
+    def _crps(self, targets: Tensor) -> Tensor:
+        """Of a normal distribution: Gneiting and Raftery (2007), equation 21."""
+        mean, deviation = self._moments[0], self._moments[1].sqrt()
+        z = (targets - mean) / deviation
+        density = (-z.square() / 2).exp() / (2 * pi) ** 0.5
+        return deviation * (z * (2 * torch.special.ndtr(z) - 1) + 2 * density - pi**-0.5)
+
+
+def probit(logits: Gaussian) -> Tensor:
+    """Softmax of logits that are shrunk by their variance (MacKay 1992; Gibbs 1997), (*, C)."""
+    return (logits.mean / (1 + pi / 8 * logits.variance).sqrt()).softmax(-1)
+
+
+def laplace_bridge(logits: Gaussian) -> Tensor:
+    """Mean of the Dirichlet that matches the Gaussian (Hobbhahn et al. 2022, equation 5), (*, C).
+
+    Both are first centred over the classes, which the softmax does not notice. The bridge is close to Monte Carlo
+    only where the logits' variance is of order one; where it vanishes the bridge is not the softmax.
+    """
+    mean, num_classes = logits.mean - logits.mean.mean(-1, keepdim=True), logits.mean.shape[-1]
+    variance = (logits.factor - logits.factor.mean(-2, keepdim=True)).square().sum(-1)
+    variance = variance.clamp_min(torch.finfo(variance.dtype).eps)
+    evidence = mean + (-mean).logsumexp(-1, keepdim=True) - 2 * log(num_classes)
+    constant = torch.full_like(evidence, 1 - 2 / num_classes).log()
+    return (torch.logaddexp(constant, evidence) - variance.log()).softmax(-1)
+
+
+CLOSED_FORMS: dict[str, Callable[[Gaussian], Tensor]] = {"probit": probit, "bridge": laplace_bridge}
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """−Σ p log p over the last axis, nats."""
+    return torch.special.entr(probs).sum(-1)
+
+
+def binary_entropy(probs: Tensor) -> Tensor:
+    """−p log p − (1 − p) log(1 − p), nats."""
+    return torch.special.entr(probs) + torch.special.entr(1 - probs)
