@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from .data import Points, Unpack, inputs_and_targets
 from .distributed import World
 from .fit import Fit, Progress, check, run, silent
-from .linearize import Forward, call, num_samples
+from .linearize import Forward, Parameters, call, num_samples
 from .predictor import ELLAPredictor
 from .settings import Settings
 from .stages import Stages
@@ -58,8 +58,9 @@ class ELLACallback(Callback):
         resume: go on with a fit that was cut short, from the stages that it left beside the posterior (or beside
             the checkpoint that `fit(ckpt_path=…)` got, or in another version of the logger): same weights, settings
             and data.
-        unpack: maps a batch to `(inputs, targets)`; by default batches are such pairs.
-        forward: maps `(module, inputs)` to logits (B, C); `module(inputs)` by default.
+        unpack: maps a batch to `(inputs, targets)` or `(inputs, targets, weights)`; by default batches are pairs.
+        forward: maps `(module, inputs)` to outputs; by default `module(inputs)`. See `fit_ella`.
+        parameters: which to take into account, by name, pattern or a function; see `fit_ella`.
         **settings: numbers and names of the method, see `Settings`.
 
     Raises:
@@ -82,6 +83,7 @@ class ELLACallback(Callback):
         resume: bool = False,
         unpack: Unpack = inputs_and_targets,
         forward: Forward = call,
+        parameters: Parameters = None,
         **settings: Any,
     ):
         if weights not in ("last", "best"):
@@ -95,7 +97,7 @@ class ELLACallback(Callback):
         self.weights = weights
         self.train_loader, self.calibration_loader = train_loader, calibration_loader
         self.path, self.on_error, self.resume = path, on_error, resume
-        self.unpack, self.forward = unpack, forward
+        self.unpack, self.forward, self.parameters = unpack, forward, parameters
         self._predictor: ELLAPredictor | None = None
 
     @property
@@ -151,7 +153,8 @@ class ELLACallback(Callback):
         with isolate_rng(), self._validating(trainer), world.together("a look before training"):
             settings, unpack = _fitting(self.settings, trainer, train), self._unpack(trainer)
             with world.quiet():
-                check(pl_module, train, calibration, settings, unpack=unpack, forward=self.forward)
+                hooks = {"unpack": unpack, "forward": self.forward, "parameters": self.parameters}
+                check(pl_module, train, calibration, settings, **hooks)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the posterior, attach it, write it and log it."""
@@ -198,6 +201,7 @@ class ELLACallback(Callback):
                     _fitting(self.settings, trainer, train),
                     unpack=self._unpack(trainer),
                     forward=self.forward,
+                    parameters=self.parameters,
                     progress=_bars(trainer),
                     world=world,
                     stages=stages,

@@ -48,7 +48,7 @@ def curvature(
     total = torch.zeros(rank, rank, dtype=torch.float64, device=linearization.device)
     with world.together("the curvature"):
         done, shared = 0, seeds[world.rank :: world.size].tolist()
-        for inputs, targets, weights in batches:
+        for inputs, targets, weights in (Batch(*batch) for batch in batches):
             if how == "exact":
                 logits, features = map(linearization.at_positions, linearization.features(inputs, basis))
                 seen = observe(likelihood, logits, features, targets, weights, linearization.axis)

@@ -4,7 +4,6 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -121,8 +120,8 @@ def as_tree(value: Any) -> Any:
         elif is_dataclass(value):
             register_pytree_node(
                 kind,
-                lambda parts: ([getattr(parts, field.name) for field in fields(parts)], parts),
-                lambda values, like: _like_with(like, values),
+                lambda parts: ([getattr(parts, field.name) for field in fields(parts)], None),
+                lambda values, _: _dataclass_of(kind, values),
             )
     if isinstance(value, Mapping):
         children = value.values()
@@ -135,10 +134,10 @@ def as_tree(value: Any) -> Any:
     return value
 
 
-def _like_with(like: Any, values: Iterable[Any]) -> Any:
-    """A copy of a dataclass with other values, without calling its constructor."""
-    made = copy(like)
-    for field, value in zip(fields(like), values, strict=True):
+def _dataclass_of(kind: Any, values: Iterable[Any]) -> Any:
+    """Make a dataclass without calling its constructor, which might refuse what transformations put in."""
+    made = object.__new__(kind)
+    for field, value in zip(fields(kind), values, strict=True):
         object.__setattr__(made, field.name, value)
     return made
 

@@ -23,7 +23,7 @@ from .distributed import World
 from .engine import Linearization, cheaper, free_memory, give_back
 from .landmarks import LANDMARKS, Landmarks
 from .likelihoods import LIKELIHOODS, Likelihood
-from .linearize import Basis, Forward, as_function, call, num_samples
+from .linearize import Basis, Forward, Parameters, as_function, call, chosen_names, num_samples
 from .observations import Observations, checked, observe, weights_of
 from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
 from .predictions import Gaussian
@@ -58,6 +58,7 @@ def fit_ella(
     *,
     unpack: Unpack = inputs_and_targets,
     forward: Forward = call,
+    parameters: Parameters = None,
     distributed: bool = False,
     **settings: Any,
 ) -> ELLAPredictor:
@@ -70,8 +71,12 @@ def fit_ella(
         train_loader: the data that it was trained on, without augmentation.
         calibration_loader: data that it has never seen, to choose the prior variance and the covariance scale on.
         likelihood: what the outputs mean.
-        unpack: maps a batch to `(inputs, targets)`; by default batches are such pairs.
-        forward: maps `(model, inputs)` to logits (B, C); `model(inputs)` by default.
+        unpack: maps a batch to `(inputs, targets)`, or `(inputs, targets, weights)` with a weight of at least 0 for
+            each sample or position; by default batches are pairs.
+        forward: maps `(model, inputs)` to outputs (B, C), (B,), (B, L, C) or (B, C, H, W), or to what has them
+            as `.logits`; by default `model(inputs)`.
+        parameters: which to take into account, by name ("blocks.11.*", or several patterns) or by a function of name
+            and parameter; those that require gradients by default.
         distributed: share the work with all processes of torch.distributed's default group. Each of them must call
             this, with the same network, data and settings, and gets the same predictor.
         **settings: see `Settings`.
@@ -84,7 +89,8 @@ def fit_ella(
     if distributed:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         world = World(dist.group.WORLD, device)
-    return run(model, train_loader, calibration_loader, chosen, unpack=unpack, forward=forward, world=world).predictor
+    hooks = {"unpack": unpack, "forward": forward, "parameters": parameters}
+    return run(model, train_loader, calibration_loader, chosen, **hooks, world=world).predictor
 
 
 def run(
@@ -95,6 +101,7 @@ def run(
     *,
     unpack: Unpack = inputs_and_targets,
     forward: Forward = call,
+    parameters: Parameters = None,
     progress: Progress | None = None,
     world: World | None = None,
     stages: Stages | None = None,
@@ -108,12 +115,13 @@ def run(
     started = time.perf_counter()
     world, stages = world or World(), stages or Stages()
     progress = progress or (_tqdm if world.first else silent)
-    with seeded(settings.seed), as_function(model), world.quiet():
+    names = chosen_names(model, parameters)
+    with seeded(settings.seed), as_function(model, names or ()), world.quiet():
         likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
         generator = torch.Generator().manual_seed(settings.seed)
         budget = settings.memory_budget or _share_of_memory(model, world)
         with world.together("a look at network and data"):
-            linearization = linearize(model, forward, asdict(settings) | {"memory_budget": budget})
+            linearization = linearize(model, forward, asdict(settings) | {"memory_budget": budget}, names)
             train, held_out = _points(train_loader, calibration_loader, unpack)
             example = _check(linearization, train, held_out, settings)
             weights = json.dumps(fingerprint(model)) if world.size > 1 or stages.path else ""
@@ -217,11 +225,13 @@ def check(
     *,
     unpack: Unpack = inputs_and_targets,
     forward: Forward = call,
+    parameters: Parameters = None,
 ) -> None:
     """Find out, from a few points, whether a fit can work; raise an error that names the fix if not."""
-    with seeded(settings.seed), as_function(model):
+    names = chosen_names(model, parameters)
+    with seeded(settings.seed), as_function(model, names or ()):
         train, held_out = _points(train_loader, calibration_loader, unpack)
-        _check(linearize(model, forward, asdict(settings)), train, held_out, settings)
+        _check(linearize(model, forward, asdict(settings), names), train, held_out, settings)
 
 
 def _share_of_memory(model: nn.Module, world: World) -> int:

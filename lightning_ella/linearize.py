@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,9 +21,32 @@ Forward = Callable[[nn.Module, Inputs], Tensor]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Evaluate `model(inputs)`, or its `.logits`: how a network is called unless the user says otherwise."""
-    outputs = model(inputs)
-    return getattr(outputs, "logits", outputs)
+    """Evaluate `model(inputs)`: how a network is called unless the user says otherwise."""
+    return model(inputs)
+
+
+Parameters = str | Collection[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+def chosen_names(model: nn.Module, parameters: Parameters) -> list[str] | None:
+    """Names of the parameters that a pattern (as of files), several patterns or a predicate choose; None for None.
+
+    Raises:
+        ValueError: if they choose none.
+    """
+    if parameters is None:
+        return None
+    patterns = [parameters] if isinstance(parameters, str) else parameters
+
+    def wanted(name: str, parameter: nn.Parameter) -> bool:
+        return patterns(name, parameter) if callable(patterns) else any(fnmatchcase(name, one) for one in patterns)
+
+    named = list(model.named_parameters())
+    names = [name for name, parameter in named if wanted(name, parameter)]
+    if not names:
+        some = ", ".join(name for name, _ in named[-3:])
+        raise ValueError(f"parameters={parameters!r} chooses none of the network's parameters (…, {some}).")
+    return names
 
 
 @contextmanager
@@ -107,7 +131,8 @@ class Network(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Outputs (B, C) of the network as it is; those of several positions one after the other."""
-        outputs = check_outputs(self._forward(self.model, inputs), num_samples(inputs))
+        outputs = self._forward(self.model, inputs)
+        outputs = check_outputs(getattr(outputs, "logits", outputs), num_samples(inputs))  # as Hugging Face has them
         self.output_shape = tuple(outputs.shape[1:])
         return outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(1)
 

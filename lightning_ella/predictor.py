@@ -11,10 +11,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from . import artefact
-from .data import Inputs, as_tree
+from .curvature import curvature
+from .data import Inputs, Points, Unpack, as_tree, inputs_and_targets
 from .engine import Linearization
+from .evidence import Evidence, measure
 from .likelihoods import LIKELIHOODS
 from .linearize import Basis, Forward, as_function, call, version
 from .posterior import SCALES, Posterior
@@ -132,6 +136,39 @@ class ELLAPredictor(nn.Module):
         with as_function(self.model):
             return Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
 
+    def update(self, loader: DataLoader, unpack: Unpack = inputs_and_targets) -> Self:
+        """Learn from more data: their curvature is added; basis, scales and the network's outputs stay.
+
+        Returns:
+            this predictor.
+        """
+        return self._learn(loader, unpack, 1)
+
+    def forget(self, loader: DataLoader, unpack: Unpack = inputs_and_targets) -> Self:
+        """Take out what some data contributed to the curvature; the network's outputs stay.
+
+        Raises:
+            ValueError: if the curvature would not be one any more: the data were not in it. The predictor is then as
+                it was. It cannot always be told, least where the curvature was estimated from some of the points.
+        """
+        return self._learn(loader, unpack, -1)
+
+    def evidence(self, loader: DataLoader, unpack: Unpack = inputs_and_targets) -> Evidence:
+        """The marginal likelihood of the data, as a function of prior variance and noise that has gradients.
+
+        Args:
+            loader: the training data, each of which is visited once.
+            unpack: maps a batch to `(inputs, targets)`.
+        """
+        both = self._curvature_of(loader, unpack, self._tangents)
+        with as_function(self.model, self._tangents):
+            return measure(self._linearization, Points(loader, unpack), self.likelihood, both, self.rank)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self._linearization.device
+
     @property
     def axis(self) -> int | None:
         """Where the network's last outputs had their C; None where they had no such axis."""
@@ -211,6 +248,24 @@ class ELLAPredictor(nn.Module):
             found = linearization.features(tree_map(_out_of_inference, as_tree(inputs)), self._tangents)
             logits, features = map(linearization.at_positions, found)
             return logits, features
+
+    def _learn(self, loader: DataLoader, unpack: Unpack, sign: int) -> Self:
+        curvature = self.curvature + sign * self._curvature_of(loader, unpack, self.basis).to(self.curvature)
+        eigenvalues = torch.linalg.eigvalsh(curvature)
+        if eigenvalues[0] < -1e-6 * eigenvalues[-1].abs().clamp_min(1e-12):
+            raise ValueError("these points were not among those that the posterior has seen, so it cannot forget them.")
+        self.curvature = curvature
+        return self
+
+    def _curvature_of(self, loader: DataLoader, unpack: Unpack, tangents: Basis) -> Tensor:
+        """Σ Ψᵀ Λ Ψ over the points of a loader."""
+        self._check_weights()
+        points = Points(loader, unpack)
+        with as_function(self.model, self._tangents):
+            self._follow()
+            batches = tqdm(points.batches(range(len(points)), self.device), desc="ELLA curvature", unit="batch")
+            seeds = torch.zeros(len(points))
+            return curvature(self._linearization, batches, tangents, self.likelihood, len(points), seeds=seeds)
 
     def _through(self, forward: Forward) -> Linearization:
         """The network seen through another function; the last one is kept."""

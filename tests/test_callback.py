@@ -390,7 +390,7 @@ def out_of_range(module: Net) -> None:
     ("settings", "change", "message"),
     [
         ({"num_landmarks": 101}, None, "num_landmarks=101, but there are only 100 training points"),
-        ({}, wide_output, r"the network must map 8 inputs to \(8, C\) logits .* it gives \(8, 3, 1\)"),
+        ({}, wide_output, "likelihood='classification' needs at least two outputs, but the network has one"),
         ({}, out_of_range, r"labels must lie in \[0, 2\)"),
         ({"weights": "best"}, None, "weights='best' needs to know what is best"),
         ({"calibration_loader": DataLoader([(torch.zeros(2), 7)])}, None, r"labels must lie in \[0, 3\)"),

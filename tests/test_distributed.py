@@ -121,9 +121,9 @@ def fitted(world: World, problem: Problem) -> dict[str, Any]:
     visited: dict[str, list[int]] = {}
 
     def progress(batches: Any, description: str, total: int) -> Iterator:
-        for inputs, targets in batches:
+        for inputs, targets, _ in batches:
             visited.setdefault(description, []).extend((1000 * inputs[:, 0]).round().int().tolist())
-            yield inputs, targets
+            yield inputs, targets, None
 
     train, unseen = problem.loader(problem.points, 1), problem.loader(problem.unseen, 2)
     fit = run(problem.network(), train, unseen, problem.settings(), progress=progress, world=world)
@@ -206,7 +206,7 @@ def broken(world: World, stage: str, rank: int, how: str) -> None:
     problem = replace(Problem(), points=400, landmarks=300, num_curvature=400, unseen=300, batch_size=1)
 
     def progress(batches: Any, description: str, total: int) -> Iterator:
-        for i, (inputs, targets) in enumerate(batches):
+        for i, (inputs, targets, _) in enumerate(batches):
             if world.rank == rank and stage in description and i == 2:
                 if how == "error":
                     raise KeyError("the disk with the images is gone")
@@ -215,7 +215,7 @@ def broken(world: World, stage: str, rank: int, how: str) -> None:
                 inputs = inputs * float("nan")
             elif stage in description:
                 time.sleep(0.2)  # the others would be busy for 20 s and more
-            yield inputs, targets
+            yield inputs, targets, None
 
     data = problem.loader(problem.points, 1), problem.loader(problem.unseen, 2)
     run(problem.network(), *data, problem.settings(), progress=progress, world=world)
