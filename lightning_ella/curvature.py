@@ -27,6 +27,7 @@ def curvature(
     *,
     how: str = "exact",
     seeds: Tensor,
+    top: int | None = None,
     world: World | None = None,
 ) -> Tensor:
     """Generalised Gauss-Newton matrix H = Σ_i Ψ(x_i)ᵀ Λ(x_i) Ψ(x_i), (K, K) float64 (Deng, Zhou and Zhu 2022).
@@ -42,6 +43,7 @@ def curvature(
         num_points: N; the sum over the n points visited is scaled by N / n.
         how: "exact" or "sampled".
         seeds: (n,), of the targets that are drawn at each of all n points.
+        top: how many outputs are kept at each position, the others as one; for "exact".
         world: the processes that share the points.
     """
     world, rank = world or World(), len(next(iter(basis.values())))
@@ -50,7 +52,8 @@ def curvature(
         done, shared = 0, seeds[world.rank :: world.size].tolist()
         for inputs, targets, weights in (Batch(*batch) for batch in batches):
             if how == "exact":
-                logits, features = map(linearization.at_positions, linearization.features(inputs, basis))
+                logits, features, kept = linearization.look(inputs, basis, top)
+                targets = targets if kept is None else kept.labels(targets)
                 seen = observe(likelihood, logits, features, targets, weights, linearization.axis)
                 for part in slices(len(seen.logits), max(1, ROWS // max(1, features[0].numel()))):
                     rows = seen.rows(part)

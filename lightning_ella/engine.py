@@ -35,6 +35,7 @@ from .linearize import (
     slices,
     version,
 )
+from .top import Selection
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,32 @@ class Linearization:
             features.append(products.to(logits[-1].dtype))
         return check_finite(torch.cat(logits)), torch.cat(features)
 
+    def look(
+        self, inputs: Inputs, basis: Basis, top: int | None = None, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Selection | None]:
+        """Outputs (B, *, C), features (B, *, C, K), and with `top` which k outputs they are of: C is then k + 1.
+
+        The features of all outputs are held for one sample at a time, and for so many of the K directions as the memory
+        budget allows; log-probabilities of all others only of the targets (B, *), if they are given.
+        """
+        if top is None:
+            logits, features = map(self.at_positions, self.features(inputs, basis))
+            return logits, features, None
+        engine = self._engine(inputs, basis)
+        folding, tangents = self._fold(inputs, basis)
+        found = []
+        for i in range(num_samples(inputs)):
+            sample = rows(inputs, slice(i, i + 1))
+            outputs = self.at_positions(self.logits(sample))
+            selection = Selection.of(outputs, top)
+            reduce = lambda _, products, selection=selection: selection.products(self.at_positions(products))  # noqa: E731
+            with self._autocast(engine):
+                _, products = engine.features(sample, tangents, folding, reduce)
+            within = selection.indices if targets is None else selection.log_prob_within(targets[i : i + 1])
+            found.append((selection.logits(outputs), products.to(outputs.dtype), selection.indices, within))
+        logits, features, indices, within = (torch.cat(part) for part in zip(*found, strict=True))
+        return logits, features, Selection(indices, within)
+
     def gradients(self, inputs: Inputs, outputs: Tensor) -> Iterator[dict[str, Tensor]]:
         """Yield, a chunk of samples at a time, name -> ∇_θ f_c(x), (b, p), with c = `outputs[i]` at the i-th input."""
         for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1, hold_rows=True)):
@@ -207,7 +234,8 @@ class Linearization:
             name = cheaper(self.choice, outputs, rank)
             reason, engine = f"C = {outputs} outputs, {rank} directions", self.layerwise
             for dtype in dict.fromkeys((self._dtype, None)) if name == "forward" else ():
-                forward = ForwardMode(self.network, min(rank, self.tangents_per_chunk or TANGENTS), dtype)
+                fitting = max(1, min(TANGENTS, self.memory_budget // 4 // self.sizes(inputs).largest))
+                forward = ForwardMode(self.network, min(rank, self.tangents_per_chunk or fitting), dtype)
                 if (trouble := self._trouble(forward, inputs, basis)) is None:
                     engine = forward
                     break

@@ -159,6 +159,7 @@ def run(
                 likelihood,
                 len(train),
                 how=settings.curvature,
+                top=settings.top_outputs,
                 seeds=torch.randint(2**62, (len(numbers),), generator=generator),
                 world=world,
             )
@@ -192,7 +193,8 @@ def run(
             count = min(len(held_out), settings.num_calibration or len(held_out))
             with world.together("the calibration points"):
                 unseen = visit(held_out, draw(count, len(held_out), generator), "calibration")
-                unseen = _cached(linearization, unseen, basis, example, likelihood, max(1, ROWS // count))
+                most, top = max(1, ROWS // count), settings.top_outputs
+                unseen = _cached(linearization, unseen, basis, example, likelihood, most, top)
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, world)
             likelihood, temperature = likelihood.settled(posterior.temperature)
             if posterior.softened:
@@ -351,16 +353,19 @@ def _cached(
     example: Tensor,
     likelihood: Likelihood,
     most: int,
+    top: int | None,
 ) -> Observations:
     """Run the network over the points, for `most` rows of each; `example` are outputs, for a process without points."""
     rank = len(next(iter(basis.values())))
     generator = torch.Generator().manual_seed(0)
     parts = []
     for inputs, targets, weights in batches:
-        logits, features = map(linearization.at_positions, linearization.features(inputs, basis))
+        logits, features, kept = linearization.look(inputs, basis, top)
+        targets = targets if kept is None else kept.labels(targets)
         parts.append(observe(likelihood, logits, features, targets, weights, linearization.axis, most, generator))
     if not parts:  # more processes than points
         none = linearization.at_positions(example).flatten(0, -2)[:0]
+        none = none if top is None else none[:, : top + 1]
         targets = none if likelihood.per_output else none.new_empty(0, dtype=torch.long)
         return Observations(none, none.unsqueeze(2).expand(-1, -1, rank), targets, none.new_empty(0))
     return Observations(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -1,5 +1,6 @@
 """Forward mode: products with J that cost the same for any number of outputs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.utils._pytree import tree_map
 from .data import Inputs
 from .folding import UNFOLDED, Folding
 from .linearize import Basis, Network, slices
+
+Reduce = Callable[[Tensor, Tensor], Tensor]
 
 
 class ForwardMode:
@@ -24,8 +27,13 @@ class ForwardMode:
     def __init__(self, network: Network, tangents_per_chunk: int, dtype: torch.dtype | None = None):
         self.network, self.tangents_per_chunk, self.dtype = network, tangents_per_chunk, dtype
 
-    def features(self, inputs: Inputs, basis: Basis, folding: Folding = UNFOLDED) -> tuple[Tensor, Tensor]:
-        """Outputs (B, C) and Ψ = J V (B, C, K), one primal pass for each chunk of V's, or the folded, tangents."""
+    def features(
+        self, inputs: Inputs, basis: Basis, folding: Folding = UNFOLDED, reduce: Reduce | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (B, C) and Ψ = J V (B, C, K), one primal pass for each chunk of V's, or the folded, tangents.
+
+        `reduce(outputs, products)` makes a chunk's products smaller before the next.
+        """
         taken = self.network.parameters_taken
         # Forward mode is slow where a weight and its tangent differ in layout: channels_last is undone here.
         parameters = {n: self._cast(v).contiguous() for n, v in (taken | folding.values()).items() if n in basis}
@@ -46,8 +54,9 @@ class ForwardMode:
             # Autograd makes zeros and copies into them where a tangent's storage is larger than its weight's.
             tangents = {n: basis[n][part].to(value.dtype, copy=len(parts) > 1) for n, value in parameters.items()}
             with folding.applied():
-                products.append(vmap(product, out_dims=out_dims)(tangents))
-        return products[0][0], torch.cat([features for _, features in products], dim=-1)
+                outputs, features = vmap(product, out_dims=out_dims)(tangents)
+            products.append(features if reduce is None else reduce(outputs, features))
+        return outputs, torch.cat(products, dim=-1)  # type: ignore[possibly-undefined] - there is a chunk
 
     def _cast(self, leaf: Any) -> Any:
         if self.dtype is None or not isinstance(leaf, Tensor) or not leaf.is_floating_point():

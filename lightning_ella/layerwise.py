@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 
 from .data import Inputs
 from .folding import UNFOLDED, Folding
+from .forward_mode import Reduce
 from .linearize import Basis, Network, hooked, is_plain, num_samples, rows
 
 log = logging.getLogger(__name__)
@@ -216,10 +217,13 @@ class Layerwise:
         logits, terms = self._terms(inputs, cotangents, folding)
         return logits, sum(term.times(basis[name].reshape(len(basis[name]), -1)) for name, term in terms)  # type: ignore[return-value]
 
-    def features(self, inputs: Inputs, basis: Basis, folding: Folding = UNFOLDED) -> tuple[Tensor, Tensor]:
-        """Outputs (B, C) and Ψ = J V, (B, C, K), from V or its folded tangents."""
+    def features(
+        self, inputs: Inputs, basis: Basis, folding: Folding = UNFOLDED, reduce: Reduce | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (B, C) and Ψ = J V, (B, C, K), from V or its folded tangents; as `reduce(outputs, Ψ)` if given."""
         one_hot: Cotangents = lambda logits: torch.eye(logits.shape[1]).expand(len(logits), -1, -1)  # noqa: E731
-        return self.products(inputs, one_hot, basis, folding)
+        logits, products = self.products(inputs, one_hot, basis, folding)
+        return logits, products if reduce is None else reduce(logits, products)
 
     def rows(self, inputs: Inputs, cotangents: Cotangents) -> dict[str, Tensor]:
         """Cotangents times J: parameter name -> (B, S, p)."""

@@ -16,8 +16,8 @@ from torchmetrics import MetricCollection
 
 from .metrics import classification_metrics, label_metrics, regression_metrics
 from .predictions import ClassPrediction, Gaussian, LabelPrediction, NormalPrediction, Prediction
+from .top import IGNORED
 
-IGNORED = -100  # the class index of a position that counts for nothing, as in torch's cross entropy
 LEVEL = 0.9  # of the interval whose coverage is reported
 
 
@@ -30,6 +30,7 @@ class Likelihood(ABC):
     predictives: tuple[str, ...] = ("mc",)  # names of the ways to integrate over the posterior, the default first
     per_output = False  # targets are (*, C), one for each output, rather than (*)
     invariant = False  # a constant added to all outputs changes nothing
+    one_of_many = False  # outputs that are unlikely can be put together (`Settings.top_outputs`)
     has_temperature = False  # `tempered` does something, so that there is a temperature to choose
     temperature_is_noise = False  # it multiplies a variance of noise, and divides the curvature
 
@@ -141,6 +142,7 @@ class Classification(Likelihood):
 
     predictives = ("mc", "probit", "bridge")
     invariant = True
+    one_of_many = True
     has_temperature = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -228,6 +230,7 @@ class Ordinal(Classification):
 
     predictives = ("mc",)
     invariant = False
+    one_of_many = False
 
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Whole numbers (*) in [0, C)."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .top import Selection
+
 if TYPE_CHECKING:
     from .likelihoods import Likelihood
 
@@ -216,6 +218,13 @@ class ClassPrediction(Prediction):
     """One of C classes: probabilities, and how uncertain they are."""
 
     link: Callable[[Tensor], Tensor] = softmax  # outputs (*, C) to probabilities of classes
+    indices: Tensor | None = None  # (*, k), the classes that `top_outputs` kept; the last one of `probs` is all others
+
+    def log_prob(self, targets: Tensor) -> Tensor:
+        """Log p(y), (B,), nats; of a class that `top_outputs` did not keep, that of all others together."""
+        if self.indices is not None:
+            targets = Selection(self.indices, self.indices).labels(targets)
+        return super().log_prob(targets)
 
     @cached_property
     def probs(self) -> Tensor:

@@ -22,9 +22,10 @@ from .evidence import Evidence, measure
 from .likelihoods import LIKELIHOODS
 from .linearize import Basis, Forward, as_function, call, version
 from .posterior import SCALES, Posterior
-from .predictions import Gaussian, shaped
+from .predictions import ClassPrediction, Gaussian, shaped
 from .residual import with_probes
 from .settings import Settings
+from .top import Selection
 
 FORMAT = "lightning-ella 3"
 MAX_DRAWN = 2**28  # numbers S (K + m): a file may not ask for more
@@ -94,14 +95,25 @@ class ELLAPredictor(nn.Module):
         Raises:
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
-        logits, features = self.features(inputs)
+        return self._predict(inputs)[0]
+
+    def log_prob(self, inputs: Inputs, targets: Tensor) -> Tensor:
+        """Log p(y), (B,), nats: of classes that `top_outputs` does not keep, too, by the network's own p among them."""
+        prediction, kept = self._predict(inputs, targets)
+        return prediction.log_prob(targets) + (0 if kept is None else kept.others)
+
+    def _predict(self, inputs: Inputs, targets: Tensor | None = None) -> tuple[Any, Selection | None]:
+        self._check_weights()
+        logits, features, kept = self._look(inputs, self._linearization, targets)
         with as_function(self.model):
             gaussian = Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
             prediction = self.likelihood.predict(gaussian, self.settings["predictive"], self.temperature.to(logits))
             prediction.axis = self.axis
+            if kept is not None and isinstance(prediction, ClassPrediction):
+                prediction.indices = kept.indices
             if features.shape[-1] > self.rank:
                 prediction.novelty = novelty(features, self.rank, centred=self.likelihood.invariant)
-            return prediction
+            return prediction, kept
 
     def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Outputs f(x) (B, C), and features [Ψ, Ψ⊥] (B, C, K + m) along the basis and the m probes.
@@ -112,7 +124,7 @@ class ELLAPredictor(nn.Module):
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
         self._check_weights()
-        return self._look(inputs, self._linearization)
+        return self._look(inputs, self._linearization)[:2]
 
     def sample_functions(self, num_functions: int, seed: int = 0) -> "SampledFunctions":
         """Draw S networks from the posterior, as functions that can be evaluated anywhere.
@@ -132,7 +144,7 @@ class ELLAPredictor(nn.Module):
                 on pairs gives the score of one answer, a classifier its features. All share one posterior, so a
                 difference such as `outputs(a) - outputs(b)` has the variance that it should.
         """
-        logits, features = self.features(inputs) if forward is None else self._look(inputs, self._through(forward))
+        logits, features = self.features(inputs) if forward is None else self._look(inputs, self._through(forward))[:2]
         with as_function(self.model):
             return Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
 
@@ -242,12 +254,13 @@ class ELLAPredictor(nn.Module):
         settings, origin = described["settings"], described["origin"]
         return cls(model, basis=basis, forward=forward, settings=settings, origin=origin, **parts)
 
-    def _look(self, inputs: Inputs, linearization: Linearization) -> tuple[Tensor, Tensor]:
+    def _look(
+        self, inputs: Inputs, linearization: Linearization, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Selection | None]:
+        top = self.settings["top_outputs"] if linearization is self._linearization else None
         with as_function(self.model, self._tangents):
             self._follow()
-            found = linearization.features(tree_map(_out_of_inference, as_tree(inputs)), self._tangents)
-            logits, features = map(linearization.at_positions, found)
-            return logits, features
+            return linearization.look(tree_map(_out_of_inference, as_tree(inputs)), self._tangents, top, targets)
 
     def _learn(self, loader: DataLoader, unpack: Unpack, sign: int) -> Self:
         curvature = self.curvature + sign * self._curvature_of(loader, unpack, self.basis).to(self.curvature)
@@ -265,7 +278,8 @@ class ELLAPredictor(nn.Module):
             self._follow()
             batches = tqdm(points.batches(range(len(points)), self.device), desc="ELLA curvature", unit="batch")
             seeds = torch.zeros(len(points))
-            return curvature(self._linearization, batches, tangents, self.likelihood, len(points), seeds=seeds)
+            top = self.settings["top_outputs"]
+            return curvature(self._linearization, batches, tangents, self.likelihood, len(points), seeds=seeds, top=top)
 
     def _through(self, forward: Forward) -> Linearization:
         """The network seen through another function; the last one is kept."""

@@ -29,6 +29,8 @@ class Settings:
         noise: whether σ² is "shared" by the outputs or estimated "per-output".
         channels: where outputs of several positions have their C: "first" as in (B, C, H, W), "last" as in (B, L, C);
             "auto" takes the last axis of three, the second of four.
+        top_outputs: k, for vocabularies: of the outputs at each position the k likeliest are kept, and all others
+            count as one; None keeps all.
         num_landmarks: M, training inputs that the kernel is approximated from, one output of each.
         rank: K, directions of the kernel that are kept.
         landmarks: how the landmarks are drawn: "uniform-class" (classes in turn, as in the paper) or "uniform"; "auto"
@@ -62,6 +64,7 @@ class Settings:
     noise_variance: float | tuple[float, ...] | None = None
     noise: str = "shared"
     channels: str = "auto"
+    top_outputs: int | None = None
     num_landmarks: int = 2000
     rank: int = 20
     landmarks: str = "auto"
@@ -103,7 +106,16 @@ class Settings:
         _one_of("basis_precision", self.basis_precision, PRECISIONS)
         for name in ("num_landmarks", "rank", "num_samples"):
             _at_least_one(name, getattr(self, name))
-        for name in ("num_curvature", "num_calibration", "memory_budget", "samples_per_chunk", "tangents_per_chunk"):
+        if self.top_outputs is not None and not LIKELIHOODS[self.likelihood].one_of_many:
+            raise ValueError(f"top_outputs= is for likelihood='classification', not for {self.likelihood!r}.")
+        for name in (
+            "top_outputs",
+            "num_curvature",
+            "num_calibration",
+            "memory_budget",
+            "samples_per_chunk",
+            "tangents_per_chunk",
+        ):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         if self.num_samples > MAX_DRAWS:

@@ -1,0 +1,104 @@
+"""Vocabularies: the likeliest outputs, and the others as one."""
+
+import pytest
+import torch
+from conftest import Case, flat
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from lightning_ella import ELLAPredictor, fit_ella
+from lightning_ella.top import Selection
+
+GIVEN = {"prior_variance": 1.0, "covariance_scale": 1.0, "residual": "none", "temperature": 1.0}
+WORDS = 9
+
+
+class Language(nn.Module):
+    """(B, L) tokens to (B, L, 9) logits of the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(WORDS, 4), nn.Linear(4, WORDS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.embed(x).cumsum(1)))
+
+
+@pytest.fixture
+def case() -> Case:
+    torch.manual_seed(0)
+    targets = torch.randint(WORDS, (30, 4))
+    targets[:, 0] = -100
+    return Case(Language().double(), torch.randint(WORDS, (30, 4)), targets)
+
+
+def test_features_of_the_top_are_the_jacobian_of_their_logits_and_of_the_rest(case: Case):
+    predictor = fit_ella(case.model, case.loader(), num_landmarks=30, rank=4, top_outputs=3, **GIVEN)
+    out = predictor(case.inputs)
+    assert out.probs.shape == (30, 4, 4)
+    assert out.indices.shape == (30, 4, 3)
+
+    def reduced(parameters: dict) -> Tensor:
+        logits = functional_call(case.model, parameters, (case.inputs,))
+        rest = logits.scatter(-1, out.indices, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([logits.gather(-1, out.indices), rest], -1)
+
+    blocks = jacrev(reduced)({name: p.detach() for name, p in case.model.named_parameters()})
+    jacobian = torch.cat([block.flatten(3) for block in blocks.values()], -1).detach()
+    features = jacobian @ flat(predictor.basis)
+    torch.testing.assert_close(predictor.features(case.inputs)[1], features)
+    inverse = torch.linalg.inv(predictor.curvature + torch.eye(4))
+    torch.testing.assert_close(out.logits_covariance, features @ inverse @ features.mT)
+
+
+def test_with_all_words_but_one_nothing_is_lost(case: Case):
+    options = {"num_landmarks": 30, "rank": 4, "seed": 3}
+    whole = fit_ella(case.model, case.loader(), case.loader(), **options)
+    top = fit_ella(case.model, case.loader(), case.loader(), top_outputs=WORDS - 1, **options)
+    torch.testing.assert_close(top.curvature, whole.curvature)
+    torch.testing.assert_close(top.temperature, whole.temperature)
+    probs, out = whole(case.inputs).probs, top(case.inputs)
+    torch.testing.assert_close(out.probs[..., :-1], probs.gather(-1, out.indices))
+    words = torch.randint(WORDS, (30, 4))
+    expected = probs.gather(-1, words.unsqueeze(-1)).squeeze(-1).log()
+    torch.testing.assert_close(top.log_prob(case.inputs, words), expected)
+    torch.testing.assert_close(out.log_prob(words), expected)
+
+
+def test_what_is_left_is_a_distribution_over_all_words(case: Case):
+    predictor = fit_ella(case.model, case.loader(), case.loader(), num_landmarks=30, rank=4, top_outputs=3)
+    each = [predictor.log_prob(case.inputs, torch.full((30, 4), word)) for word in range(WORDS)]
+    torch.testing.assert_close(torch.stack(each).exp().sum(0), torch.ones(30, 4).double())
+    certain = Selection.of(case.logits(), 3)
+    targets = torch.randint(WORDS, (30, 4))
+    reduced = (
+        certain.logits(case.logits()).log_softmax(-1).gather(-1, certain.labels(targets).unsqueeze(-1)).squeeze(-1)
+    )
+    whole = case.logits().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(reduced + certain.log_prob_within(targets), whole)
+    assert (certain.labels(case.targets)[:, 0] == -100).all()
+
+
+def test_sampled_curvature_is_that_of_all_words_and_needs_no_features(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path
+):
+    monkeypatch.setattr("lightning_ella.engine.Linearization.features", None)
+    loader = case.loader()
+    loader.dataset.items *= 200
+    options = {"num_landmarks": 30, "rank": 4, "top_outputs": 2, "num_curvature": None}
+    predictor = fit_ella(case.model, loader, curvature="sampled", **options, **GIVEN)
+    parameters = {name: p.detach() for name, p in case.model.named_parameters()}
+    blocks = jacrev(lambda p: functional_call(case.model, p, (case.inputs,)))(parameters)
+    features = torch.cat([block.flatten(3) for block in blocks.values()], -1).detach() @ flat(predictor.basis)
+    p = case.logits().softmax(-1)
+    dense = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    seen = (case.targets != -100).double()
+    expected = torch.einsum("blck,blcd,bldm,bl->km", features, dense, features, seen)
+    assert (predictor.curvature / 200 - expected).norm() < 0.1 * expected.norm()
+    loaded = ELLAPredictor.load(predictor.save(tmp_path / "e.safetensors"), case.model)
+    assert loaded(case.inputs).indices.shape == (30, 4, 2)
+
+
+def test_it_is_for_classes_only():
+    with pytest.raises(ValueError, match="top_outputs= is for likelihood='classification', not for 'regression'"):
+        fit_ella(nn.Linear(1, 1), None, likelihood="regression", top_outputs=3)  # type: ignore[arg-type]
