@@ -281,6 +281,9 @@ class ELLACallback(Callback):
         with suppress(MisconfigurationException):  # a validation_step, but no val_dataloader
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
+        if loaders is None:  # given to fit(), which sets them aside where the module has no validation_step
+            given = getattr(trainer.fit_loop.epoch_loop.val_loop._data_source, "instance", None)
+            loaders = given if isinstance(given, (DataLoader, list, tuple, dict)) else None
         for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
             if loaders is None and owner is not None and type(owner).val_dataloader is not DataHooks.val_dataloader:
                 loaders = owner.val_dataloader()  # the module has no validation_step, so Lightning did not ask

@@ -1,6 +1,6 @@
 """Figures, with matplotlib (in the extra `recipes`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .predictions import Prediction
 
 
 def reliability_diagram(probs: dict[str, Tensor], targets: Tensor, num_bins: int = 15) -> "Figure":
@@ -174,3 +176,59 @@ def _draw_reliability(
     shift, width = place
     edges = [(b + shift) / num_bins for b in range(num_bins)]
     lower.bar(edges, (count / count.sum()).tolist(), width / num_bins, align="edge", color=line.get_color())
+
+
+def fan_chart(
+    x: Tensor, prediction: "Prediction", targets: Tensor | None = None, seen: Tensor | None = None
+) -> "Figure":
+    """A regression of one number on one number: mean, 50, 80 and 95 % intervals, and the data.
+
+    Args:
+        x: where the prediction is, (n,).
+        prediction: of outputs (n, 1) or (n,).
+        targets: what was measured, (m,).
+        seen: where, (m,); `x` by default.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    order = x.cpu().argsort()
+    line = lambda values: values.detach().cpu().reshape(-1)[order]  # noqa: E731
+    for level in (0.95, 0.8, 0.5):
+        low, high = prediction.interval(level)
+        axes.fill_between(
+            line(x), line(low), line(high), color="tab:blue", alpha=0.2, label=f"{level:.0%}", linewidth=0
+        )
+    axes.plot(line(x), line(prediction.mean), color="tab:blue", label="mean")
+    if targets is not None:
+        places = (x if seen is None else seen).detach().cpu()
+        axes.plot(places, targets.detach().cpu().reshape(-1), ".", color="0.2", markersize=3, label="data")
+    axes.set(xlabel="x", ylabel="y", title="Intervals that should hold their share of the data")
+    axes.legend(loc="best", fontsize="small")
+    return figure
+
+
+def coverage_curve(predictions: Mapping[str, "Prediction"], targets: Tensor) -> "Figure":
+    """Share of the targets in central intervals against the probability that these claim.
+
+    Args:
+        predictions: name -> of targets in the shape of the network's outputs.
+        targets: what was measured.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect")
+    levels = torch.linspace(0.05, 0.95, 19)
+    for name, prediction in predictions.items():
+        shares = []
+        for level in levels.tolist():
+            low, high = prediction.interval(level)
+            seen = targets.reshape(low.shape).to(low)
+            shares.append(float(((seen >= low) & (seen <= high)).float().mean()))
+        axes.plot(levels, shares, marker="o", markersize=3, label=name)
+    axes.set(xlabel="claimed", ylabel="share of targets inside", title="Coverage: on the line is right")
+    axes.legend(loc="upper left", fontsize="small")
+    return figure

@@ -1,0 +1,235 @@
+"""Regression beside the exact methods that ELLA approximates: python recipes/regression.py [seeds=[0]] [rank=…].
+
+Small data sets that scikit-learn has or makes, a perceptron on each, and four predictives of it, each tuned by the NLL
+on the same held-out fifth: the network with noise alone, exact linearised Laplace over all parameters, a Gaussian
+process with the network's tangent kernel, and this package. Only the latter needs no matrix of N x N or P x P.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil, log
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from sklearn import datasets
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ella import ELLACallback
+from lightning_ella.likelihoods import Regression
+from lightning_ella.metrics import regression_metrics
+from lightning_ella.plots import coverage_curve, fan_chart
+from lightning_ella.posterior import minimise
+from lightning_ella.predictions import Gaussian, NormalPrediction
+
+Tables = dict[str, Callable[[int], tuple[Tensor, Tensor]]]
+
+
+def gap(seed: int) -> tuple[Tensor, Tensor]:
+    """A wave of one input with nothing between −1 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 4 * torch.rand(300, 1, generator=generator) - 2
+    x = x + x.sign()
+    return x, (1.5 * x).sin() + 0.2 * torch.randn(300, 1, generator=generator)
+
+
+def table(found: Any) -> tuple[Tensor, Tensor]:
+    """Inputs and targets as tensors, (N, d) and (N, C)."""
+    x, y = (torch.as_tensor(part, dtype=torch.float32) for part in found)
+    return x, y.reshape(len(y), -1)
+
+
+DATA: Tables = {
+    "diabetes": lambda seed: table(datasets.load_diabetes(return_X_y=True)),
+    "linnerud (3 outputs)": lambda seed: table(datasets.load_linnerud(return_X_y=True)),
+    "friedman1": lambda seed: table(datasets.make_friedman1(600, noise=1.0, random_state=seed)),
+    "friedman3": lambda seed: table(datasets.make_friedman3(600, noise=0.1, random_state=seed)),
+    "wave with a gap": gap,
+}
+
+
+class Perceptron(LightningModule):
+    """Two hidden layers, and the squared error."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int):
+        super().__init__()
+        layers = nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, outputs)
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, d) to (B, C)."""
+        return self.body(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean squared error."""
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=5e-3, weight_decay=0.01)
+
+
+@dataclass
+class Problem:
+    """Standardised thirds: trained on, held out, tested on."""
+
+    train: TensorDataset
+    held_out: TensorDataset
+    test: TensorDataset
+
+    @classmethod
+    def split(cls, x: Tensor, y: Tensor, seed: int) -> "Problem":
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        first, second = ceil(0.6 * len(x)), ceil(0.8 * len(x))
+        seen = order[:first]
+        x, y = ((values - values[seen].mean(0)) / values[seen].std(0).clamp_min(1e-6) for values in (x, y))
+        parts = seen, order[first:second], order[second:]
+        return cls(*(TensorDataset(x[part], y[part]) for part in parts))
+
+
+def tuned(predict: Callable[[Tensor], tuple[Gaussian, Tensor]], targets: Tensor, start: list[float]) -> Tensor:
+    """Logarithms of the scales with the lowest NLL of `predict(scales) -> (outputs, noise)` on held-out points."""
+
+    def loss_and_gradient(steps: Tensor) -> tuple[Tensor, Tensor]:
+        steps = steps.detach().requires_grad_()
+        with torch.enable_grad():
+            gaussian, noise = predict(steps)
+            prediction = NormalPrediction(gaussian, "exact", noise.new_ones(()), Regression(), noise_variance=noise)
+            loss = Regression().nll(prediction, targets).mean() + 0.005 * (steps - begin).square().sum()
+        return loss.detach(), torch.autograd.grad(loss, steps)[0]
+
+    begin = torch.tensor(start, dtype=torch.float64)
+    return minimise(loss_and_gradient, begin)
+
+
+class Exact:
+    """Linearised Laplace over all parameters, or the Gaussian process of the same kernel, with dense matrices."""
+
+    def __init__(self, network: nn.Module, problem: Problem, process: bool):
+        self.network, self.process = network.double(), process
+        self.x, self.y = (values.double() for values in problem.train.tensors)
+        self.jacobian, self.mean = self._look(self.x)
+        flat = self.jacobian.flatten(0, 1)
+        self.eigenvalues, self.eigenvectors = torch.linalg.eigh(flat @ flat.T)
+        x, targets = (values.double() for values in problem.held_out.tensors)
+        held_out = self._look(x)
+        noise = float((targets - held_out[1]).square().mean().log())
+        self.scales = tuned(lambda steps: self._at(held_out, steps), targets, [log(0.1), noise])
+
+    def __call__(self, x: Tensor) -> NormalPrediction:
+        gaussian, noise = self._at(self._look(x.double()), self.scales)
+        return NormalPrediction(gaussian, "exact", noise.new_ones(()), Regression(), noise_variance=noise)
+
+    def _look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Jacobians (n, C, P) and outputs (n, C)."""
+        parameters = {name: value.detach() for name, value in self.network.named_parameters()}
+        blocks = jacrev(lambda p: functional_call(self.network, p, (x,)))(parameters)
+        return torch.cat([block.flatten(2) for block in blocks.values()], 2).detach(), self.network(x).detach()
+
+    def _at(self, seen: tuple[Tensor, Tensor], steps: Tensor) -> tuple[Gaussian, Tensor]:
+        """Outputs and noise: variances are σ₀² (k(x, x) − k(x, X) (k(X, X) + σ²/σ₀²)⁻¹ k(X, x))."""
+        jacobian, mean = seen
+        prior, noise = steps.exp()
+        cross = jacobian @ self.jacobian.flatten(0, 1).T @ self.eigenvectors  # (n, C, N C)
+        shrunk = 1 / (self.eigenvalues.clamp_min(0) + noise / prior)
+        variance = prior * (jacobian.square().sum(2) - (cross.square() * shrunk).sum(2))
+        if self.process:
+            mean = cross @ (shrunk * (self.eigenvectors.T @ self.y.flatten()))
+        factor = torch.diag_embed(variance.clamp_min(1e-12).sqrt())
+        return Gaussian(mean, factor, torch.zeros(1, mean.shape[1]).to(mean)), noise.view(1)
+
+
+def certain(network: nn.Module, problem: Problem) -> Callable[[Tensor], NormalPrediction]:
+    """The network with the noise of its residuals at held-out points."""
+    x, targets = problem.held_out.tensors
+    noise = (targets - network(x).detach()).square().mean().view(1)
+
+    def predict(x: Tensor) -> NormalPrediction:
+        mean = network(x).detach()
+        gaussian = Gaussian(mean, mean.new_zeros(*mean.shape, 1), mean.new_zeros(1, 1))
+        return NormalPrediction(gaussian, "exact", noise.new_ones(()), Regression(), noise_variance=noise)
+
+    return predict
+
+
+def methods(
+    config: DictConfig, problem: Problem, seed: int
+) -> Iterator[tuple[str, Callable[[Tensor], NormalPrediction]]]:
+    """Train, and give each method's predictions by name."""
+    seed_everything(seed, verbose=False)
+    x, y = problem.train.tensors
+    module = Perceptron(x.shape[1], y.shape[1], config.hidden)
+    loaders = DataLoader(problem.train, 32, shuffle=True), DataLoader(problem.held_out, 64)
+    count = min(config.num_landmarks, len(x))
+    ella = ELLACallback(likelihood="regression", num_landmarks=count, rank=min(config.rank, count), seed=seed)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    folder = HydraConfig.get().runtime.output_dir
+    options = {**quiet, "default_root_dir": folder, "enable_checkpointing": False, "callbacks": [ella]}
+    Trainer(max_epochs=config.max_epochs, **options).fit(module, *loaders)
+    assert ella.predictor is not None
+    module.eval()
+    yield "network and noise", certain(module, problem)
+    yield "lightning-ella", ella.predictor
+    copy = Perceptron(x.shape[1], y.shape[1], config.hidden)
+    copy.load_state_dict(module.state_dict())
+    yield "exact linearised Laplace", Exact(copy.body, problem, process=False)
+    yield "Gaussian process (NTK)", Exact(copy.body, problem, process=True)
+
+
+def figures(prediction: NormalPrediction, targets: Tensor) -> dict[str, float]:
+    """NLL, RMSE, CRPS and coverage, in standardised units."""
+    metrics, targets = regression_metrics(), targets.to(prediction.mean)
+    metrics.update(Regression().summary(prediction, targets), targets)
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="regression")
+def main(config: DictConfig) -> None:
+    """All data sets and seeds; print, draw and write."""
+    folder, console = Path(HydraConfig.get().runtime.output_dir), Console(width=100)
+    report: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for name in config.data or DATA:
+        rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        predictions: dict[str, NormalPrediction] = {}
+        for seed in config.seeds:
+            problem = Problem.split(*DATA[name](seed), seed)
+            x, targets = problem.test.tensors
+            for method, predict in methods(config, problem, seed):
+                predictions[method] = predict(x)
+                for figure, value in figures(predictions[method], targets).items():
+                    rows[method][figure].append(value)
+                if name == "wave with a gap" and method == "lightning-ella":
+                    everywhere = torch.linspace(-1.8, 1.8, 300).unsqueeze(1)
+                    seen = [values[:, 0] for values in problem.train.tensors]
+                    chart = fan_chart(everywhere[:, 0], predict(everywhere), seen[1], seen[0])
+                    chart.savefig(folder / "fan.png", dpi=120)
+            coverage_curve(predictions, targets).savefig(folder / f"coverage_{name.split()[0]}.png", dpi=120)
+        report[name] = rows
+        show(console, f"{name}, {len(config.seeds)} seeds", rows)
+    (folder / "regression.json").write_text(json.dumps(report, indent=2))
+    console.print(f"Figures and regression.json are in {folder}")
+
+
+def show(console: Console, title: str, rows: dict[str, dict[str, list[float]]]) -> None:
+    """Means over seeds, and their standard errors."""
+    columns = list(next(iter(rows.values())))
+    printed = Table("", *columns, title=title)
+    for method, found in rows.items():
+        values = (torch.tensor(found[column]) for column in columns)
+        cells = (f"{v.mean():.3f} ± {v.std() / len(v) ** 0.5:.3f}" if len(v) > 1 else f"{v[0]:.3f}" for v in values)
+        printed.add_row(method, *cells)
+    console.print(printed)
+
+
+if __name__ == "__main__":
+    main()
