@@ -10,6 +10,8 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from test_callback import Data, Net
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,11 +38,25 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
         "model": Net(),
         "train_loader": data.train_dataloader(),
         "unseen_loader": data.val_dataloader(),
+        **numbers(),
     }
     if "ella.predictor" in (text := "\n".join(blocks(page, "python"))) and "ELLACallback" not in text:
         names["ella"] = fitted(names)
     for block in blocks(page, "python"):
         exec(compile(small(block), str(page), "exec"), names)
+
+
+def numbers() -> dict:
+    """A regression."""
+    inputs = torch.randn(250, 3)
+    points = TensorDataset(inputs, inputs[:, :1] + torch.randn(250, 1))
+    return {
+        "network": nn.Linear(3, 1),
+        "train": DataLoader(points, 50),
+        "unseen": DataLoader(points, 50),
+        "inputs": inputs,
+        "targets": points.tensors[1],
+    }
 
 
 def fitted(names: dict):
