@@ -98,7 +98,9 @@ def test_with_probes_the_evidence_knows_what_is_outside_the_span():
 
 
 @pytest.mark.parametrize(
-    "parameters", ["2.*", ["2.weight", "2.bias"], lambda name, parameter: parameter.shape[0] == 3], ids=str
+    "parameters",
+    ["2.*", ["2.weight", "2.bias"], lambda name, parameter: parameter.shape[0] == 3],
+    ids=["pattern", "patterns", "predicate"],
 )
 def test_parameters_can_be_chosen_by_pattern_or_predicate(parameters, tmp_path):
     case = make_case("mlp")
