@@ -137,12 +137,13 @@ class Linearization:
         engine = self._engine(inputs, basis)
         folding, tangents = self._fold(inputs, basis)
         logits, features = [], []
-        for part in slices(num_samples(inputs), self._samples_for_features(inputs, engine)):
-            chunk = rows(inputs, part)
-            with self._autocast(engine):
-                outputs, products = engine.features(chunk, tangents, folding)
-            logits.append(outputs if self.precision == "full" else self.network(chunk))
-            features.append(products.to(logits[-1].dtype))
+        with self.layerwise.reusing_buffers():
+            for part in slices(num_samples(inputs), self._samples_for_features(inputs, engine)):
+                chunk = rows(inputs, part)
+                with self._autocast(engine):
+                    outputs, products = engine.features(chunk, tangents, folding)
+                logits.append(outputs if self.precision == "full" else self.network(chunk))
+                features.append(products.to(logits[-1].dtype))
         return check_finite(torch.cat(logits)), torch.cat(features)
 
     def look(

@@ -9,7 +9,7 @@ B samples, S cotangents each (S = C for all of J), T positions or tokens, K colu
 
 import logging
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -179,16 +179,28 @@ class Call:
     length: int  # of the output's first axis
 
 
-def pull_back(logits: Tensor, targets: list, cotangents: Tensor) -> list[Tensor | None]:
-    """Gradients (n, S, *) of each target (n, *) for cotangents (B, S, C); None where the logits do not depend on it."""
+Buffers = dict[tuple[int, torch.dtype], Tensor]  # by target
+
+
+def pull_back(logits: Tensor, targets: list, cotangents: Tensor, buffers: Buffers) -> list[Tensor | None]:
+    """Gradients (n, S, *) of each target (n, *) for cotangents (B, S, C); None where the logits do not depend on it.
+
+    They are views of `buffers`, which grow as needed.
+    """
     S = cotangents.shape[1]
     stacked: list[Tensor | None] = [None] * len(targets)
     for s, v in enumerate(cotangents.unbind(1) if targets else ()):
         found = torch.autograd.grad(logits, targets, v, retain_graph=s < S - 1, allow_unused=True)
+        if S == 1:
+            return [None if gradient is None else gradient.unsqueeze(1) for gradient in found]
         for i, gradient in enumerate(found):
             if gradient is not None:
                 if stacked[i] is None:
-                    stacked[i] = gradient.new_empty(len(gradient), S, *gradient.shape[1:])
+                    shape = len(gradient), S, *gradient.shape[1:]
+                    buffer = buffers.get((i, gradient.dtype))
+                    if buffer is None or buffer.numel() < S * gradient.numel():
+                        buffer = buffers[i, gradient.dtype] = gradient.new_empty(S * gradient.numel())
+                    stacked[i] = buffer[: S * gradient.numel()].view(shape)
                 stacked[i][:, s] = gradient  # type: ignore[index] - not None by now
     return stacked
 
@@ -209,6 +221,7 @@ class Layerwise:
         self._loop = False
         self._subclasses = True  # whether the rules are for subclasses of their layers, too
         self._lengths: set[tuple[nn.Module, Fraction]] | None = None  # of each layer's output, in samples
+        self._buffers: Buffers | None = None
 
     def products(
         self, inputs: Inputs, cotangents: Cotangents, basis: Basis, folding: Folding = UNFOLDED
@@ -224,6 +237,15 @@ class Layerwise:
         one_hot: Cotangents = lambda logits: torch.eye(logits.shape[1]).expand(len(logits), -1, -1)  # noqa: E731
         logits, products = self.products(inputs, one_hot, basis, folding)
         return logits, products if reduce is None else reduce(logits, products)
+
+    @contextmanager
+    def reusing_buffers(self) -> Iterator[None]:
+        """Keep the memory of one chunk's gradients for the next: fresh pages cost up to a sixth of the time on a CPU."""
+        self._buffers = {}
+        try:
+            yield
+        finally:
+            self._buffers = None
 
     def rows(self, inputs: Inputs, cotangents: Cotangents) -> dict[str, Tensor]:
         """Cotangents times J: parameter name -> (B, S, p)."""
@@ -290,9 +312,10 @@ class Layerwise:
     def _backward(
         self, inputs: Inputs, logits: Tensor, calls: list[Call], expanded: dict[str, Tensor], cotangents: Tensor
     ) -> Iterator[tuple[str, Rows]]:
-        gradients_of = pull_back(logits, [call.output for call in calls] + list(expanded.values()), cotangents)
+        buffers = {} if self._buffers is None else self._buffers
+        gradients_of = pull_back(logits, [call.output for call in calls] + list(expanded.values()), cotangents, buffers)
         B = len(logits)
-        del logits
+        del logits, buffers
         for name in reversed(expanded):
             if (gradients := gradients_of.pop()) is not None:
                 yield name, Rows(gradients)
