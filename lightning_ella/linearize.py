@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from math import ceil
 from typing import Any
 
 import torch
@@ -219,5 +220,6 @@ def rows(inputs: Inputs, part: slice) -> Inputs:
 
 
 def slices(total: int, size: int) -> list[slice]:
-    """0 … total in pieces of `size`."""
+    """0 … total in pieces of about the same size, `size` at most."""
+    size = max(1, ceil(total / max(1, ceil(total / size))))
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
