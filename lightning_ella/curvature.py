@@ -11,7 +11,7 @@ from .distributed import World
 from .engine import Linearization
 from .likelihoods import Likelihood
 from .linearize import Basis, slices
-from .observations import checked, observe, weights_of
+from .observations import checked, observations, weights_of
 from .predictions import shaped
 
 CURVATURES = ("exact", "sampled")
@@ -52,13 +52,11 @@ def curvature(
         done, shared = 0, seeds[world.rank :: world.size].tolist()
         for inputs, targets, weights in (Batch(*batch) for batch in batches):
             if how == "exact":
-                logits, features, kept = linearization.look(inputs, basis, top)
-                targets = targets if kept is None else kept.labels(targets)
-                seen = observe(likelihood, logits, features, targets, weights, linearization.axis)
-                for part in slices(len(seen.logits), max(1, ROWS // max(1, features[0].numel()))):
-                    rows = seen.rows(part)
-                    scaled = rows.features.double() * rows.weights.double().sqrt().view(-1, 1, 1)  # type: ignore[union-attr]
-                    total += likelihood.curvature(rows.logits.double(), scaled)
+                for seen in observations(linearization, likelihood, Batch(inputs, targets, weights), basis, top=top):
+                    for part in slices(len(seen.logits), max(1, ROWS // max(1, seen.features[:1].numel()))):
+                        some = seen.rows(part)
+                        scaled = some.features.double() * some.weights.double().sqrt().view(-1, 1, 1)  # type: ignore[union-attr]
+                        total += likelihood.curvature(some.logits.double(), scaled)
             else:
                 drawn = shared[done : done + len(targets)]
                 scores = partial(_sampled_scores, linearization, likelihood, targets, weights, drawn)

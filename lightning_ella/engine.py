@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .data import Inputs
 from .folding import UNFOLDED, Folding, find_folding
 from .forward_mode import ForwardMode
-from .layerwise import Cotangents, Layerwise
+from .layerwise import MAX_COTANGENTS, Cotangents, Layerwise
 from .linearize import (
     Basis,
     Forward,
@@ -127,6 +127,11 @@ class Linearization:
     def axis(self) -> int | None:
         """Where the outputs of the last call have their C."""
         return channel_axis(self.network.output_shape, self.channels)
+
+    def affordable(self, inputs: Inputs, columns: int) -> list[slice]:
+        """Samples whose features with so many columns, and a copy of them in float64, fit the memory budget."""
+        one = 3 * self.sizes(inputs).num_outputs * columns * next(iter(self.parameters.values())).element_size()
+        return slices(num_samples(inputs), max(1, self.memory_budget // 2 // one))
 
     def at_positions(self, flat: Tensor) -> Tensor:
         """What belongs to the outputs of the last call, (B, D, …), as (B, *, C, …)."""
@@ -269,7 +274,7 @@ class Linearization:
     def _samples_for_features(self, inputs: Inputs, engine: ForwardMode | Layerwise) -> int:
         sizes = self.sizes(inputs)
         if isinstance(engine, Layerwise):
-            return self._samples(inputs, sizes.num_outputs, halved=self.precision == "bf16")
+            return self._samples(inputs, min(sizes.num_outputs, MAX_COTANGENTS), halved=self.precision == "bf16")
         return self._fitting(FORWARD_WORK, sizes.largest * engine.tangents_per_chunk)
 
     def _samples(self, inputs: Inputs, cotangents: int, *, hold_rows: bool = False, halved: bool = False) -> int:

@@ -24,7 +24,7 @@ from .engine import Linearization, cheaper, free_memory, give_back
 from .landmarks import LANDMARKS, Landmarks
 from .likelihoods import LIKELIHOODS, Likelihood
 from .linearize import Basis, Forward, Parameters, as_function, call, chosen_names, num_samples
-from .observations import Observations, checked, observe, weights_of
+from .observations import Observations, checked, observations, weights_of
 from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
 from .predictions import Gaussian
 from .predictor import ELLAPredictor, fingerprint, linearize, standard_normal
@@ -126,7 +126,12 @@ def run(
             example = _check(linearization, train, held_out, settings)
             weights = json.dumps(fingerprint(model)) if world.size > 1 or stages.path else ""
             by_evidence = held_out is None and settings.prior_variance is None
-            stages.open(_identity(weights, linearization, train, by_evidence, settings) if stages.path else "")
+            # Noise that is estimated comes from the points held out, and the curvature depends on it.
+            seen = (train,) if likelihood.is_complete or held_out is None else (train, held_out)
+            later = {"residual", "predictive", "num_samples", *SCALES}
+            later |= {"num_calibration"} if likelihood.is_complete else set()
+            before = {name: value for name, value in asdict(settings).items() if name not in later}
+            stages.open(_identity(weights, linearization, seen, by_evidence, before) if stages.path else "")
         world.check_same(weights, "weights: load the same checkpoint on all of them")
         for points in (train, held_out):
             digest = "" if points is None else points.digest()
@@ -140,14 +145,15 @@ def run(
         def make_basis() -> dict[str, Tensor]:
             with world.together("the choice of landmarks"):
                 rule = LANDMARKS[settings.landmarks]
-                chosen = rule(train, settings.num_landmarks, example.shape[1], generator) if world.first else None
+                chosen = rule(train, settings.num_landmarks, num_outputs, generator) if world.first else None
             chosen = world.object_from_first(chosen)
             generator.set_state(world.from_first(generator.get_state()))
             assert chosen is not None
             basis, eigenvalues = _basis(linearization, chosen, partial(visit, train), settings, world)
             return {"eigenvalues": eigenvalues} | {f"basis.{name}": tangents for name, tangents in basis.items()}
 
-        reverse = cheaper(settings.engine, example.shape[1], settings.rank) == "layerwise"
+        num_outputs = example[0].numel()  # of all positions
+        reverse = cheaper(settings.engine, num_outputs, settings.rank) == "layerwise"
 
         def make_curvature() -> dict[str, Tensor]:
             numbers = draw(settings.num_curvature, len(train), generator)
@@ -170,7 +176,7 @@ def run(
         basis = {name.removeprefix("basis."): tangents for name, tangents in basis.items()}
         if not likelihood.is_complete:
             points, what = (train, "noise of training points") if held_out is None else (held_out, "noise")
-            numbers = range(min(len(points), settings.num_calibration or len(points)))
+            numbers = draw(settings.num_calibration, len(points), torch.Generator().manual_seed(settings.seed))
             likelihood = _completed(likelihood, linearization, visit(points, numbers, what), world)
         hessian = stages.do("curvature", world, generator, linearization.device, make_curvature)["curvature"]
         rank = len(eigenvalues)
@@ -182,24 +188,25 @@ def run(
             log.info("ELLA: %d directions, and %d random probes of the variance outside their span.", rank, probes)
             with_probes(basis, probes, settings.seed)
         if held_out is None:
-            outputs = linearization.at_positions(example)[0]  # (*, C)
-            effective = example.shape[1] - (outputs[..., 0].numel() if likelihood.invariant else 0)
+            effective = num_outputs - (example[0, ..., 0].numel() if likelihood.invariant else 0)
             spread_over = min(linearization.network.num_parameters, len(train) * effective) - rank
             prior = settings.prior_variance or prior_by_evidence(
                 hessian, outside, spread_over, linearization.parameters.values()
             )
-            posterior, figures = _given(hessian, settings, prior), {}
+            posterior, figures = _given(hessian, likelihood, settings, prior), {}
         else:
             count = min(len(held_out), settings.num_calibration or len(held_out))
             with world.together("the calibration points"):
-                unseen = visit(held_out, draw(count, len(held_out), generator), "calibration")
+                numbers = draw(count, len(held_out), generator)
+                seeds = world.share(torch.randint(2**62, (count,), generator=generator).tolist())
+                unseen = visit(held_out, numbers, "calibration")
                 most, top = max(1, ROWS // count), settings.top_outputs
-                unseen = _cached(linearization, unseen, basis, example, likelihood, most, top)
+                unseen = _cached(linearization, unseen, basis, example, likelihood, most, seeds, top)
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, world)
-            likelihood, temperature = likelihood.settled(posterior.temperature)
-            if posterior.softened:
-                hessian = hessian / posterior.temperature
-            posterior = replace(posterior, temperature=temperature)
+        likelihood, temperature = likelihood.settled(posterior.temperature)
+        if posterior.softened:
+            hessian = hessian / posterior.temperature
+        posterior = replace(posterior, temperature=temperature)
         with world.together("the predictor"):
             predictor = ELLAPredictor(
                 model,
@@ -243,18 +250,18 @@ def _share_of_memory(model: nn.Module, world: World) -> int:
     return world.smallest(free_memory(device) // (4 * sharing))
 
 
-def _identity(weights: str, linearization: Linearization, train: Points, by_evidence: bool, settings: Settings) -> str:
-    """What the stages of a fit depend on: weights, parameters taken into account, settings and data."""
-    chosen = asdict(settings)
-    for later in ("num_calibration", "residual", "predictive", "num_samples", *SCALES):
-        del chosen[later]
+def _identity(
+    weights: str, linearization: Linearization, data: Sequence[Points], by_evidence: bool, settings: dict[str, Any]
+) -> str:
+    """What the stages of a fit depend on: weights, parameters taken into account, some settings, and data."""
     seen = hashlib.sha256()
-    with seeded(settings.seed):
-        for batch in train.batches(range(min(SAMPLES_CHECKED, len(train))), "cpu"):
-            for leaf in tree_leaves(batch):
-                seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
-    names = sorted(linearization.parameters)
-    return json.dumps([weights, names, chosen, train.digest(), by_evidence, seen.hexdigest()])
+    for points in data:
+        with seeded(settings["seed"]):
+            for batch in points.batches(range(min(SAMPLES_CHECKED, len(points))), "cpu"):
+                for leaf in tree_leaves(batch):
+                    seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
+    names, digests = sorted(linearization.parameters), [points.digest() for points in data]
+    return json.dumps([weights, names, settings, digests, by_evidence, seen.hexdigest()])
 
 
 def _points(train: DataLoader, held_out: DataLoader | None, unpack: Unpack) -> tuple[Points, Points | None]:
@@ -262,7 +269,7 @@ def _points(train: DataLoader, held_out: DataLoader | None, unpack: Unpack) -> t
 
 
 def _check(linearization: Linearization, train: Points, held_out: Points | None, settings: Settings) -> Tensor:
-    """Return the outputs of a few points, (b, D), if network and data can be used."""
+    """Return the outputs of a few points, (b, *, C), if network and data can be used."""
     if len(train) < settings.num_landmarks:
         raise ValueError(
             f"num_landmarks={settings.num_landmarks}, but there are only {len(train)} training points: "
@@ -289,11 +296,12 @@ def _try(linearization: Linearization, points: Points, settings: Settings) -> Te
     )
     logits = linearization.logits(inputs)
     likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
-    known = checked(likelihood, linearization.at_positions(logits), targets, linearization.axis)
+    outputs = linearization.at_positions(logits)
+    known = checked(likelihood, outputs, targets, linearization.axis)
     if not (weights_of(likelihood, known, weights) > 0).any():
         log.warning("ELLA: none of the first %d points has a target that counts.", len(logits))
     next(linearization.gradients(inputs, torch.zeros(len(logits), dtype=torch.long, device=logits.device)))
-    return logits
+    return outputs
 
 
 def _basis(
@@ -353,20 +361,19 @@ def _cached(
     example: Tensor,
     likelihood: Likelihood,
     most: int,
+    seeds: Sequence[int],
     top: int | None,
 ) -> Observations:
     """Run the network over the points, for `most` rows of each; `example` are outputs, for a process without points."""
-    rank = len(next(iter(basis.values())))
-    generator = torch.Generator().manual_seed(0)
+    rank, done = len(next(iter(basis.values()))), 0
     parts = []
-    for inputs, targets, weights in batches:
-        logits, features, kept = linearization.look(inputs, basis, top)
-        targets = targets if kept is None else kept.labels(targets)
-        parts.append(observe(likelihood, logits, features, targets, weights, linearization.axis, most, generator))
+    for batch in batches:
+        drawn = seeds[done : (done := done + num_samples(batch[0]))]
+        parts += observations(linearization, likelihood, Batch(*batch), basis, top=top, most=most, seeds=drawn)
     if not parts:  # more processes than points
-        none = linearization.at_positions(example).flatten(0, -2)[:0]
+        none = example.flatten(0, -2)[:0]
         none = none if top is None else none[:, : top + 1]
-        targets = none if likelihood.per_output else none.new_empty(0, dtype=torch.long)
+        targets = likelihood.sample(none, torch.Generator(none.device))
         return Observations(none, none.unsqueeze(2).expand(-1, -1, rank), targets, none.new_empty(0))
     return Observations(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
@@ -401,12 +408,12 @@ def _calibrated(
 def _say(posterior: Posterior, figures: dict[str, float], count: int, chosen: list[str]) -> None:
     """Log what was chosen, and warn of points that cannot tell."""
     names = {"ece": "ECE", "crps": "CRPS"}
-    other = next(name for name in names if f"map/{name}" in figures)
+    shown = {"nll": "NLL"} | {name: title for name, title in names.items() if f"map/{name}" in figures}
     log.info(
-        "ELLA: %s, chosen on %d unseen points: NLL %.4f -> %.4f, %s %.4f -> %.4f.",
-        *(", ".join(f"{name} {float(getattr(posterior, name)):.3g}" for name in chosen) or "no scale", count),
-        *(figures["map/nll"], figures["ella/nll"]),
-        *(names[other], figures[f"map/{other}"], figures[f"ella/{other}"]),
+        "ELLA: %s, chosen on %d unseen points: %s.",
+        ", ".join(f"{name} {float(getattr(posterior, name)):.3g}" for name in chosen) or "no scale",
+        count,
+        ", ".join(f"{title} {figures[f'map/{n}']:.4f} -> {figures[f'ella/{n}']:.4f}" for n, title in shown.items()),
     )
     surer = posterior.temperature < CERTAIN and not posterior.softened
     if surer or figures["ella/nll"] > figures["map/nll"] - 1e-4:
@@ -421,7 +428,7 @@ def _say(posterior: Posterior, figures: dict[str, float], count: int, chosen: li
         log.warning("ELLA: %d calibration points are few, so the scales are rough: hold out %d or more.", *(count, FEW))
 
 
-def _given(hessian: Tensor, settings: Settings, prior: float) -> Posterior:
+def _given(hessian: Tensor, likelihood: Likelihood, settings: Settings, prior: float) -> Posterior:
     """The posterior without unseen points to choose its scales on."""
     scales = {name: getattr(settings, name) or 1.0 for name in SCALES} | {"prior_variance": prior}
     log.warning(
@@ -431,7 +438,8 @@ def _given(hessian: Tensor, settings: Settings, prior: float) -> Posterior:
         ", ".join(f"{n}={v:g}" for n, v in scales.items() if n != "residual_scale" or settings.residual_scale)
         + ("" if settings.residual_scale else ", no variance outside the span"),
     )
-    return Posterior(hessian, *(torch.tensor(scales[name]).to(hessian) for name in SCALES))
+    given = (torch.tensor(scales[name]).to(hessian) for name in SCALES)
+    return Posterior(hessian, *given, softened=likelihood.temperature_is_noise)
 
 
 def _summaries(

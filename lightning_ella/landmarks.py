@@ -35,6 +35,7 @@ def class_balanced(points: Points, num_landmarks: int, num_outputs: int, generat
     order = torch.randperm(len(points), generator=generator)
     candidates = order if points.targets is not None else order[: 4 * num_landmarks]
     labels = points.labels(candidates.tolist())
+    labels = labels.long() if labels.dtype == torch.bool else labels
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(
             "landmarks='uniform-class' needs one class index a point, but the targets have the shape "

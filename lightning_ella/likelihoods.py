@@ -19,12 +19,14 @@ from .predictions import ClassPrediction, Gaussian, LabelPrediction, NormalPredi
 from .top import IGNORED
 
 LEVEL = 0.9  # of the interval whose coverage is reported
+CLOSEST = 1e-3  # that two cumulative logits count as: the information of equal ones is infinite
+LARGEST = 40.0  # logarithm of a rate: sums of squares of what is larger are no numbers
 
 
 class Likelihood(ABC):
     """What a network's outputs mean.
 
-    A new one needs `log_prob`, `information` and `sample`; with `moments` it also gives means and variances.
+    A new one needs `log_prob`, `information` and `sample`; without `moments`, means and variances come from samples.
     """
 
     predictives: tuple[str, ...] = ("mc",)  # names of the ways to integrate over the posterior, the default first
@@ -52,12 +54,19 @@ class Likelihood(ABC):
         """Targets drawn from p(y|f)."""
 
     def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of y, (*, C) each, at outputs that are certain."""
-        raise NotImplementedError(f"{type(self).__name__} has no moments(outputs), so it has no mean and variance.")
+        """Mean and variance of y, in the shape of the targets, at outputs that are certain."""
+        raise NotImplementedError
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether they are known."""
+        return type(self).moments is not Likelihood.moments
 
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the targets as the other methods take them; a ValueError names the fix if they cannot be used."""
         expected = outputs.shape if self.per_output else outputs.shape[:-1]
+        if self.per_output and outputs.shape[-1] == 1 and targets.shape == outputs.shape[:-1]:
+            targets = targets.unsqueeze(-1)
         if targets.shape != expected:
             raise ValueError(
                 f"{self._name} needs targets of the shape {tuple(expected)}, but they have the shape "
@@ -91,18 +100,17 @@ class Likelihood(ABC):
 
     def nll(self, prediction: Any, targets: Tensor) -> Tensor:
         """−log E[p(y|f)], (*), nats, over the draws of the prediction."""
-        samples = prediction.tempered.samples()
-        logs = self.log_prob(samples, targets.expand(len(samples), *targets.shape))
-        return log(len(samples)) - logs.logsumexp(0)
+        parts = prediction.tempered.in_parts()
+        logs = torch.cat([self.log_prob(f, targets.expand(len(f), *targets.shape)) for f in parts])
+        return log(len(logs)) - logs.logsumexp(0)
 
     def summary(self, prediction: Any, targets: Tensor) -> Tensor:
         """What `metrics` are updated with, (n, …): scores of each point, the mean of which is a figure."""
-        mean, targets = prediction.rows_of(prediction.mean), targets.to(prediction.logits.mean)
-        low, high = (prediction.rows_of(end) for end in prediction.interval(LEVEL))
+        nll, targets = self.nll(prediction, targets), targets.to(prediction.logits.mean)
+        low, high = prediction.interval_of_rows(LEVEL)
         inside = (targets >= low) & (targets <= high)
-        scores = (mean - targets).square(), prediction.rows_of(prediction.crps(prediction.shaped(targets))), inside
-        nll = self.nll(prediction, targets)
-        return torch.stack([nll, *(score.to(nll).mean(-1) for score in scores)], -1)  # (n, 4)
+        scores = (prediction.mean_of_rows - targets).square(), prediction.crps_of_rows(targets), inside
+        return torch.stack([nll, *(score.to(nll).flatten(1).mean(1) for score in scores)], -1)  # (n, 4)
 
     def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
         """Figures of a predictive, updated with `(summary(prediction, targets), targets)`; options are of a Metric."""
@@ -205,9 +213,9 @@ class Classification(Likelihood):
         return ClassPrediction(logits, predictive, temperature, self)
 
     def nll(self, prediction: ClassPrediction, targets: Tensor) -> Tensor:
-        """−log of the mean probability of the target."""
-        probs = prediction.rows_of(prediction.probs).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        return -probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+        """−log of the mean probability of the target; 0 where there is none."""
+        probs = prediction.rows_of(prediction.probs).gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(self.observed(targets), -probs.clamp_min(torch.finfo(probs.dtype).tiny).log(), 0)
 
     def summary(self, prediction: ClassPrediction, targets: Tensor) -> Tensor:
         """Class probabilities, (n, C)."""
@@ -237,31 +245,48 @@ class Ordinal(Classification):
         return super().check(pad(outputs, (0, 1)), targets)
 
     @staticmethod
-    def probs(outputs: Tensor) -> Tensor:
-        """(*, C); cumulative probabilities that a draw put in the wrong order count as equal."""
-        above = pad(pad(outputs.sigmoid(), (1, 0), value=1.0), (0, 1))  # (*, C + 1)
-        probs = (above[..., :-1] - above[..., 1:]).clamp_min(torch.finfo(outputs.dtype).tiny)
-        return probs / probs.sum(-1, keepdim=True)
+    def log_probs(outputs: Tensor) -> Tensor:
+        """Log P(y = c), (*, C). A network, or a draw, may have its logits in the wrong order: they are sorted.
+
+        log(σ(a) − σ(b)) = log σ(a) + log σ(−b) + log(1 − exp(b − a)), which does not cancel where both are near 1.
+        """
+        infinity = outputs.new_full((), torch.inf).expand(*outputs.shape[:-1], 1)
+        ordered = torch.cat([infinity, outputs.sort(-1, descending=True).values, -infinity], -1)
+        above, below = ordered[..., :-1], ordered[..., 1:]
+        gaps = (above - below).clamp_min(CLOSEST)
+        return logsigmoid(above) + logsigmoid(-below) + (-torch.expm1(-gaps)).log()
+
+    def probs(self, outputs: Tensor) -> Tensor:
+        """P(y = c), (*, C)."""
+        return self.log_probs(outputs).softmax(-1)
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Log of the probability between two cumulative ones."""
-        return self.probs(outputs).log().gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        """Log of the probability between two cumulative ones; 0 where there is no target."""
+        logs = self.log_probs(outputs).gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(self.observed(targets), logs, 0)
 
     def information(self, outputs: Tensor) -> Tensor:
         """Of each logit alone: `curvature` knows that they share classes."""
-        slopes, probs = outputs.sigmoid() * (-outputs).sigmoid(), self.probs(outputs)
-        return slopes.square() * (1 / probs[..., :-1] + 1 / probs[..., 1:])
+        ratios, order = self._ratios(outputs)
+        return torch.zeros_like(outputs).scatter(-1, order, ratios.square().sum(-2))
 
     def curvature(self, outputs: Tensor, features: Tensor) -> Tensor:
         """Σ over classes of ∇p_c ∇p_cᵀ / p_c, with ∇p_c = σ'(f_{c−1}) − σ'(f_c)."""
-        slopes = (outputs.sigmoid() * (-outputs).sigmoid()).unsqueeze(-1) * features  # (n, C − 1, K)
-        steps = pad(slopes, (0, 0, 1, 0)) - pad(slopes, (0, 0, 0, 1))  # (n, C, K)
-        weighted = (steps / self.probs(outputs).sqrt().unsqueeze(-1)).flatten(0, -2)
+        ratios, order = self._ratios(outputs)
+        features = features.gather(-2, order.unsqueeze(-1).expand(features.shape))
+        upper, lower = (ratio.unsqueeze(-1) * features for ratio in ratios.unbind(-2))  # (n, C − 1, K)
+        weighted = (pad(upper, (0, 0, 1, 0)) - pad(lower, (0, 0, 0, 1))).flatten(0, -2)  # (nC, K)
         return weighted.T @ weighted
+
+    def _ratios(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """σ'(f_c) / √p of the class above f_c and of the one below, (*, 2, C − 1), and the order of the logits."""
+        ordered, order = outputs.sort(-1, descending=True)
+        slopes, logs = logsigmoid(ordered) + logsigmoid(-ordered), self.log_probs(outputs)
+        return torch.stack([slopes - logs[..., 1:] / 2, slopes - logs[..., :-1] / 2], -2).exp(), order
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """A class each."""
-        return super().sample(self.probs(outputs).log(), generator)
+        return super().sample(self.log_probs(outputs), generator)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """By autograd."""
@@ -277,21 +302,29 @@ class Ordinal(Classification):
 
 
 class MultiLabel(Likelihood):
-    """C labels, each there or not (Bernoulli); targets are (*, C), numbers in [0, 1]."""
+    """C labels, each there or not (Bernoulli); targets are (*, C), numbers in [0, 1].
+
+    A position with a label of −100 counts for nothing.
+    """
 
     predictives = ("mc", "probit")
     per_output = True
     has_temperature = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Numbers (*, C) in [0, 1]."""
-        targets = super().check(outputs, targets)
-        if targets.numel() and (targets.min() < 0 or targets.max() > 1):
+        """Numbers (*, C) in [0, 1], or −100."""
+        targets = super().check(outputs, targets).to(outputs.dtype)
+        seen = targets[targets != IGNORED]
+        if len(seen) and (seen.min() < 0 or seen.max() > 1):
             raise ValueError(
-                f"{self._name} needs targets in [0, 1], but they reach from {float(targets.min()):g} to "
-                f"{float(targets.max()):g}: pass unpack=lambda batch: (x, targets)."
+                f"{self._name} needs targets in [0, 1], but they reach from {float(seen.min()):g} to "
+                f"{float(seen.max()):g}: pass unpack=lambda batch: (x, targets)."
             )
-        return targets.to(outputs.dtype)
+        return targets
+
+    def observed(self, targets: Tensor) -> Tensor:
+        """All but those with a label that is −100."""
+        return (targets != IGNORED).all(-1)
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Summed over the labels."""
@@ -319,13 +352,12 @@ class MultiLabel(Likelihood):
 
     def nll(self, prediction: LabelPrediction, targets: Tensor) -> Tensor:
         """Sum of −log of the mean probability of each label, as if labels were independent."""
-        probs, tiny = prediction.rows_of(prediction.probs), torch.finfo(prediction.probs.dtype).tiny
-        there, absent = probs.clamp_min(tiny).log(), (1 - probs).clamp_min(tiny).log()
+        there, absent = (probs.clamp_min(torch.finfo(probs.dtype).tiny).log() for probs in prediction.both)
         return -(targets * there + (1 - targets) * absent).sum(-1)
 
     def summary(self, prediction: LabelPrediction, targets: Tensor) -> Tensor:
-        """Probability of each label, (n, C)."""
-        return prediction.rows_of(prediction.probs)
+        """Probability of each label, (n, C), float64: 1 − p is asked for, too."""
+        return prediction.both[0]
 
     def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
         """Accuracy, NLL, ECE and Brier score over all labels."""
@@ -342,7 +374,7 @@ class Binary(MultiLabel):
                 f"{self._name} needs a network with one logit, but it has {outputs.shape[-1]}: pass "
                 "likelihood='classification' or 'multilabel'."
             )
-        return super().check(outputs, targets.unsqueeze(-1) if targets.shape == outputs.shape[:-1] else targets)
+        return super().check(outputs, targets)
 
 
 class Poisson(Likelihood):
@@ -359,19 +391,23 @@ class Poisson(Likelihood):
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Y f − exp(f) − log y!, summed over the outputs."""
-        return (targets * outputs - outputs.exp() - (targets + 1).lgamma()).sum(-1)
+        f, y = outputs.double(), targets.double()  # large terms cancel
+        return (y * f - f.exp() - (y + 1).lgamma()).sum(-1).to(outputs.dtype)
 
     def information(self, outputs: Tensor) -> Tensor:
         """The rate."""
         return outputs.exp()
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Counts."""
-        return torch.poisson(outputs.exp(), generator=generator)
+        """Counts; of large rates by the normal distribution that they come close to."""
+        rates = outputs.clamp_max(LARGEST).exp()
+        many = rates + _normal(rates, generator) * rates.sqrt()
+        return torch.where(rates > 1e6, many.round(), torch.poisson(rates.clamp_max(1e6), generator=generator))
 
     def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Both the rate."""
-        return outputs.exp(), outputs.exp()
+        """Both the rate, e^40 at most."""
+        rates = outputs.clamp_max(LARGEST).exp()
+        return rates, rates
 
 
 class Regression(Likelihood):
@@ -396,12 +432,8 @@ class Regression(Likelihood):
         return cls(settings["noise_variance"], settings["noise"])
 
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Finite numbers (*, C)."""
-        targets = super().check(outputs, targets.unsqueeze(-1) if targets.shape == outputs.shape[:-1] else targets)
-        if not targets.isfinite().all():
-            raise ValueError(
-                f"{self._name} needs finite targets, but some are NaN or infinite: leave those points out."
-            )
+        """Numbers (*, C)."""
+        targets = super().check(outputs, targets)
         if isinstance(self.noise_variance, tuple | list) and len(self.noise_variance) not in (1, outputs.shape[-1]):
             raise ValueError(
                 f"noise_variance= has {len(self.noise_variance)} numbers, but the network has {outputs.shape[-1]} "

@@ -43,7 +43,14 @@ def chosen_names(model: nn.Module, parameters: Parameters) -> list[str] | None:
         return patterns(name, parameter) if callable(patterns) else any(fnmatchcase(name, one) for one in patterns)
 
     named = list(model.named_parameters())
-    names = [name for name, parameter in named if wanted(name, parameter)]
+    first = {parameter: name for name, parameter in named}  # tied ones may be called by any of their names
+    names = [
+        *dict.fromkeys(
+            first[parameter]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if wanted(name, parameter) and (parameter.is_floating_point() or parameter.is_complex())
+        )
+    ]
     if not names:
         some = ", ".join(name for name, _ in named[-3:])
         raise ValueError(f"parameters={parameters!r} chooses none of the network's parameters (…, {some}).")
@@ -125,15 +132,17 @@ class Network(nn.Module):
             )
         for parameter, name in self.names.items():
             if parameter.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"ELLA needs float32 or float64 weights, but {name} is {parameter.dtype}: call model.float(), "
-                    "or train with precision='bf16-mixed'."
-                )
+                fix = "call model.float(), or train with precision='bf16-mixed'"
+                if parameter.is_complex():
+                    fix = "keep its real and imaginary parts, and use torch.view_as_complex(weight) in forward()"
+                raise ValueError(f"ELLA needs float32 or float64 weights, but {name} is {parameter.dtype}: {fix}.")
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Outputs (B, C) of the network as it is; those of several positions one after the other."""
         outputs = self._forward(self.model, inputs)
         outputs = check_outputs(getattr(outputs, "logits", outputs), num_samples(inputs))  # as Hugging Face has them
+        if outputs.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(outputs.device.type):
+            outputs = outputs.float()  # of a frozen part in half precision
         self.output_shape = tuple(outputs.shape[1:])
         return outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(1)
 

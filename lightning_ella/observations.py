@@ -1,11 +1,15 @@
 """From a batch's outputs, features and targets to rows: one for each position that counts, with its weight."""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .data import Batch
+from .engine import Linearization
 from .likelihoods import Likelihood
+from .linearize import Basis, rows
 
 
 class Observations(NamedTuple):
@@ -22,6 +26,35 @@ class Observations(NamedTuple):
         return Observations(self.logits[which], self.features[which], self.targets[which], weights)
 
 
+def observations(
+    linearization: Linearization,
+    likelihood: Likelihood,
+    batch: Batch,
+    basis: Basis,
+    *,
+    top: int | None = None,
+    most: int | None = None,
+    seeds: Sequence[int] = (),
+) -> Iterator[Observations]:
+    """Run the network over a batch: its rows, of so many samples at a time as the memory budget allows.
+
+    Args:
+        linearization: of the network.
+        likelihood: says which targets count.
+        batch: inputs, targets as the loader gives them, and weights or None.
+        basis: what features are along.
+        top: how many outputs are kept at each position, the others as one; None keeps all.
+        most: rows to keep of each sample, drawn at random; None keeps all.
+        seeds: of the choice, one for each sample.
+    """
+    inputs, targets, weights = batch
+    for part in linearization.affordable(inputs, len(next(iter(basis.values())))):
+        logits, features, kept = linearization.look(rows(inputs, part), basis, top)
+        labels = targets[part] if kept is None else kept.labels(targets[part])
+        some = None if weights is None else weights[part]
+        yield observe(likelihood, logits, features, labels, some, linearization.axis, most, seeds[part])
+
+
 def checked(likelihood: Likelihood, outputs: Tensor, targets: Tensor, axis: int | None) -> Tensor:
     """Targets as they come from the loader, (B, …), to those of outputs (B, *, C)."""
     if likelihood.per_output and axis is not None and targets.ndim == outputs.ndim:
@@ -33,11 +66,21 @@ def weights_of(likelihood: Likelihood, targets: Tensor, weights: Tensor | None) 
     """The weight of each position, (*), from checked targets: zero where there is nothing to see.
 
     Raises:
-        ValueError: if weights do not belong to samples or positions, or are negative.
+        ValueError: if weights do not belong to samples or positions, or are negative, or if a target that counts is not
+            finite.
     """
     seen = likelihood.observed(targets)
-    if weights is None:
-        return seen.float()
+    weights = seen.float() if weights is None else _spread(weights, seen)
+    if likelihood.per_output and not targets[weights > 0].isfinite().all():
+        raise ValueError(
+            "likelihood= needs finite targets, but some are NaN or infinite: leave those points out, or give them the "
+            "weight 0."
+        )
+    return weights
+
+
+def _spread(weights: Tensor, seen: Tensor) -> Tensor:
+    """Weights of samples or positions to all positions (*)."""
     if weights.shape != seen.shape[: weights.ndim] or (len(weights) and not weights.min() >= 0):
         raise ValueError(
             f"weights of the shape {tuple(weights.shape)} do not belong to {tuple(seen.shape)} targets, or are "
@@ -54,7 +97,7 @@ def observe(
     weights: Tensor | None,
     axis: int | None,
     most: int | None = None,
-    generator: torch.Generator | None = None,
+    seeds: Sequence[int] = (),
 ) -> Observations:
     """Rows of a batch.
 
@@ -65,14 +108,15 @@ def observe(
         targets: as the loader gives them.
         weights: (B,), or one for each position (B, *).
         axis: where the network's outputs have their C.
-        most: rows to keep of each sample, drawn with `generator`; None keeps all.
-        generator: of the choice.
+        most: rows to keep of each sample, drawn at random; None keeps all.
+        seeds: of the choice, one for each sample.
     """
     targets = checked(likelihood, outputs, targets, axis)
     weights = weights_of(likelihood, targets, weights)
     positions = weights[0].numel()
     if most is not None and most < positions:
-        order = torch.rand(len(weights), positions, generator=generator).to(weights.device)
+        drawn = [torch.rand(positions, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        order = torch.stack(drawn).to(weights.device)
         order = order.masked_fill(weights.flatten(1) == 0, -1)  # those that count come first
         chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order.topk(most).indices, True)
         weights = weights * chosen.view_as(weights)

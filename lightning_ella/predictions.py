@@ -3,7 +3,7 @@
 Outputs are (*, C): B samples, or B samples of several positions (tokens, pixels) with C outputs each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import log, pi
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .top import Selection
 
@@ -44,7 +45,7 @@ class Gaussian:
 
     @property
     def joint(self) -> "LowRank":
-        """The covariance of all outputs of all positions and samples, (n, n) with n the numbers in `mean`; lazy."""
+        """The covariance of all outputs of all positions and samples, (n, n), in the order of `mean.flatten()`."""
         return LowRank(self.factor.flatten(0, -2))
 
     def __sub__(self, other: "Gaussian") -> "Gaussian":
@@ -56,10 +57,19 @@ class Gaussian:
 
     def expectation(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Monte Carlo mean (*, …) of `function`, which maps outputs (s, *, C) to (s, *, …)."""
-        size = max(1, SAMPLES_BUDGET // max(1, self.mean.numel()))
-        parts = (Gaussian(self.mean, self.factor, z) for z in self.draws.split(size))
-        total = sum(function(part.samples()).sum(0) for part in parts)
+        total = sum(function(samples).sum(0) for samples in self.in_parts())
         return torch.as_tensor(total) / len(self.draws)
+
+    def in_parts(self) -> Iterator[Tensor]:
+        """Outputs (s, *, C) of some of the draws at a time."""
+        size = max(1, SAMPLES_BUDGET // max(1, self.mean.numel()))
+        yield from (Gaussian(self.mean, self.factor, z).samples() for z in self.draws.split(size))
+
+    def rows(self) -> Iterator["Gaussian"]:
+        """Some samples of the batch at a time, so many that all their draws are few enough."""
+        size = max(1, SAMPLES_BUDGET // max(1, len(self.draws) * self.mean[:1].numel()))
+        parts = zip(self.mean.split(size), self.factor.split(size), strict=True)
+        yield from (Gaussian(mean, factor, self.draws) for mean, factor in parts)
 
     def samples(self) -> Tensor:
         """Outputs (S, *, C), one for each draw."""
@@ -80,7 +90,10 @@ class LowRank:
     def __getitem__(self, index: tuple) -> Tensor:
         """A block: rows and columns by slices, tensors of indices or numbers."""
         rows, columns = index
-        return self.factor[rows] @ self.factor[columns].mT
+        left, right = self.factor[rows], self.factor[columns]
+        return (left.reshape(-1, left.shape[-1]) @ right.reshape(-1, right.shape[-1]).T).view(
+            *left.shape[:-1], *right.shape[:-1]
+        )
 
     def diagonal(self) -> Tensor:
         """(n,)."""
@@ -119,29 +132,44 @@ class Prediction:
     @cached_property
     def mean(self) -> Tensor:
         """E[y], (B, C)."""
-        return self.shaped(self._moments[0])
+        return self._as_targets(self._moments[0])
+
+    @property
+    def mean_of_rows(self) -> Tensor:
+        """E[y], (*, C), or (*) where all outputs have one target."""
+        return self._moments[0]
 
     @cached_property
     def variance(self) -> Tensor:
         """Var[y], (B, C): of the noise, and of what is not known of the network."""
-        return self.shaped(self._moments[1])
+        return self._as_targets(self._moments[1])
 
     def log_prob(self, targets: Tensor) -> Tensor:
-        """Log p(y), (B,), nats; of several outputs the sum, as if they were independent where a likelihood says so."""
+        """Log p(y), (B,), nats; of several outputs the sum, as if they were independent where a likelihood says so.
+
+        It is 0 where there is no target (−100).
+        """
         assert self.likelihood is not None
-        rows = self.rows_of(targets.to(self.logits.mean)) if self.likelihood.per_output else targets
-        return -self.likelihood.nll(self, self.likelihood.check(self.logits.mean, rows))
+        checked = self._checked(targets)
+        seen = self.likelihood.observed(checked)
+        return torch.where(seen, -self.likelihood.nll(self, checked), 0)
 
     def sample(self, seed: int = 0) -> Tensor:
         """Targets (S, B, C), one for each draw of the network, with their noise."""
         assert self.likelihood is not None
-        drawn = self._targets(seed)
-        return shaped(drawn, self.axis, 2) if self.likelihood.per_output else drawn
+        return self._as_targets(self._targets(seed), 2)
 
-    def quantile(self, q: float | Sequence[float]) -> Tensor:
-        """Quantiles of y, (B, C) for a number, (Q, B, C) for several."""
-        found = shaped(self._quantiles(torch.atleast_1d(torch.as_tensor(q))), self.axis, 2)
-        return found[0] if isinstance(q, float) else found
+    def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
+        """Quantiles of y, (B, C) for a number, (Q, B, C) for several.
+
+        Raises:
+            ValueError: if q is not in [0, 1].
+        """
+        levels = torch.as_tensor(q, dtype=torch.float64)
+        if not ((levels >= 0) & (levels <= 1)).all():
+            raise ValueError(f"quantile({q!r}): quantiles are of numbers in [0, 1].")
+        found = self._as_targets(self._quantiles(torch.atleast_1d(levels)), 2)
+        return found[0] if levels.ndim == 0 else found
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """The central interval that holds y with probability `level`: its ends, (B, C) each."""
@@ -150,7 +178,16 @@ class Prediction:
 
     def crps(self, targets: Tensor) -> Tensor:
         """Continuous ranked probability score (Gneiting and Raftery 2007), (B, C), in the units of y."""
-        return self.shaped(self._crps(self.rows_of(targets.to(self.logits.mean))))
+        return self._as_targets(self.crps_of_rows(self._checked(targets).to(self.logits.mean)))
+
+    def crps_of_rows(self, targets: Tensor) -> Tensor:
+        """The same for targets (*, C), or (*) where all outputs have one target."""
+        return self._crps(targets)
+
+    def interval_of_rows(self, level: float) -> tuple[Tensor, Tensor]:
+        """The same as `interval`, (*, C) each, or (*)."""
+        low, high = self._quantiles(torch.tensor([(1 - level) / 2, (1 + level) / 2]))
+        return low, high
 
     def shaped(self, values: Tensor) -> Tensor:
         """(*, C) to the shape of the network's outputs."""
@@ -158,8 +195,20 @@ class Prediction:
 
     def rows_of(self, targets: Tensor) -> Tensor:
         """Targets in the shape of the network's outputs to (*, C)."""
-        alone = self.axis is None or targets.ndim == self.logits.mean.ndim - 1  # (B,) for a single output
-        return targets.unsqueeze(-1) if alone else targets.movedim(self.axis, -1)  # type: ignore[arg-type]
+        if targets.ndim == self.logits.mean.ndim - 1:  # (B,) for a single output
+            return targets.unsqueeze(-1)
+        return targets if self.axis is None else targets.movedim(self.axis, -1)
+
+    def _checked(self, targets: Tensor) -> Tensor:
+        """Targets in the shape of the network's outputs as the likelihood takes them."""
+        assert self.likelihood is not None
+        rows = self.rows_of(targets) if self.likelihood.per_output else targets
+        return self.likelihood.check(self.logits.mean, rows)
+
+    def _as_targets(self, values: Tensor, batch_axes: int = 1) -> Tensor:
+        """What belongs to targets (*, C) to where the network has its C; what belongs to targets (*) is as it is."""
+        assert self.likelihood is not None
+        return shaped(values, self.axis, batch_axes) if self.likelihood.per_output else values
 
     @property
     def tempered(self) -> Gaussian:
@@ -169,36 +218,57 @@ class Prediction:
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
-        """By the law of total variance, (*, C) each."""
+        """By the law of total variance, (*, C) each, or (*) where all outputs have one target."""
         assert self.likelihood is not None
         likelihood = self.likelihood
+        if not likelihood.has_moments:
+            drawn = [self._targets(logits=part).double() for part in self.logits.rows()]
+            mean, variance = (torch.cat([f(part) for part in drawn]) for f in (_mean, _variance))
+            return mean.to(self.logits.mean), variance.to(self.logits.mean)
+        mean = self.tempered.expectation(lambda f: likelihood.moments(f)[0])
 
-        def powers(f: Tensor) -> Tensor:
-            mean, variance = likelihood.moments(f)
-            return torch.stack([mean, variance + mean.square()], -1)
+        def spread(f: Tensor) -> Tensor:
+            found, variance = likelihood.moments(f)
+            return variance + (found - mean).square()
 
-        first, second = self.tempered.expectation(powers).unbind(-1)
-        return first, (second - first.square()).clamp_min(0)
+        return mean, self.tempered.expectation(spread)
 
-    def _targets(self, seed: int = 0) -> Tensor:
+    def _targets(self, seed: int = 0, logits: Gaussian | None = None) -> Tensor:
+        """Targets (S, *, C) or (S, *); two or more for each draw where there are few draws."""
         assert self.likelihood is not None
-        generator = torch.Generator(self.logits.mean.device).manual_seed(seed)
-        copies = max(1, FEWEST_TARGETS // len(self.logits.draws))  # a network that is certain has one draw
-        return self.likelihood.sample(self.tempered.samples().repeat_interleave(copies, 0), generator)
+        logits = self.likelihood.tempered(logits or self.logits, self.temperature)
+        generator = torch.Generator(logits.mean.device).manual_seed(seed)
+        copies = max(1, FEWEST_TARGETS // len(logits.draws))  # a network that is certain has one draw
+        return self.likelihood.sample(logits.samples().repeat_interleave(copies, 0), generator)
 
     def _quantiles(self, q: Tensor) -> Tensor:
-        drawn = self._targets().sort(0).values
-        return drawn[(q.to(drawn.device) * (len(drawn) - 1)).round().long()]
+        found = []
+        for part in self.logits.rows():
+            drawn = self._targets(logits=part).sort(0).values
+            found.append(drawn[(q.to(drawn.device) * (len(drawn) - 1)).round().long()])
+        return torch.cat(found, 1)
 
     def _crps(self, targets: Tensor) -> Tensor:
         """E|X − y| − ½ E|X − X'|, without bias, from sorted samples of X."""
-        drawn = self._targets().sort(0).values
-        count = len(drawn)
-        weights = (2 * torch.arange(1, count + 1) - count - 1).to(drawn) / (count * max(1, count - 1))
-        return (drawn - targets).abs().mean(0) - torch.einsum("s,s...->...", weights, drawn)
+        found, done = [], 0
+        for part in self.logits.rows():
+            y = targets[done : (done := done + len(part.mean))]
+            away = self._targets(logits=part).to(y).sort(0).values - y  # from y: large numbers would cancel
+            count = len(away)
+            weights = (2 * torch.arange(1, count + 1) - count - 1).to(away) / (count * max(1, count - 1))
+            found.append(away.abs().mean(0) - torch.einsum("s,s...->...", weights, away))
+        return torch.cat(found)
 
     def __len__(self) -> int:
         return len(self.logits.mean)
+
+
+def _mean(samples: Tensor) -> Tensor:
+    return samples.mean(0)
+
+
+def _variance(samples: Tensor) -> Tensor:
+    return samples.var(0, unbiased=False)
 
 
 def shaped(values: Tensor, axis: int | None, batch_axes: int = 1) -> Tensor:
@@ -225,6 +295,14 @@ class ClassPrediction(Prediction):
         if self.indices is not None:
             targets = Selection(self.indices, self.indices).labels(targets)
         return super().log_prob(targets)
+
+    def sample(self, seed: int = 0) -> Tensor:
+        """Classes (S, B), one for each draw of the network; −1 for those that `top_outputs` did not keep."""
+        drawn = super().sample(seed)
+        if self.indices is None:
+            return drawn
+        words = pad(self.indices, (0, 1), value=-1).expand(len(drawn), *self.indices.shape[:-1], -1)
+        return words.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
 
     @cached_property
     def probs(self) -> Tensor:
@@ -264,19 +342,24 @@ class LabelPrediction(Prediction):
     @cached_property
     def probs(self) -> Tensor:
         """(B, C), of each label to be there, averaged over the posterior."""
-        return self.shaped(self._probs)
+        return self.shaped(self._probs).to(self.logits.mean)
+
+    @property
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Of each label to be there, and to be absent, (*, C) float64 each: the smaller one is exact, too."""
+        return self._probs, self._expected(-1)
 
     @cached_property
     def entropy(self) -> Tensor:
         """(B, C) total uncertainty of each label, nats."""
-        return self.shaped(binary_entropy(self._probs))
+        return self.shaped(binary_entropy(self._probs)).to(self.logits.mean)
 
     @cached_property
     def mutual_information(self) -> Tensor:
         """(B, C) epistemic uncertainty of each label, nats."""
         expected = self.tempered.expectation(lambda f: binary_entropy(f.sigmoid()))
         mean = self._probs if self.predictive == "mc" else self.tempered.expectation(torch.sigmoid)
-        return self.shaped((binary_entropy(mean) - expected).clamp_min(0))
+        return self.shaped((binary_entropy(mean) - expected).clamp_min(0)).to(self.logits.mean)
 
     @property
     def tempered(self) -> Gaussian:
@@ -285,10 +368,13 @@ class LabelPrediction(Prediction):
 
     @cached_property
     def _probs(self) -> Tensor:
+        return self._expected(1)
+
+    def _expected(self, sign: int) -> Tensor:
         logits = self.tempered
         if self.predictive == "mc":
-            return logits.expectation(torch.sigmoid)
-        return (logits.mean / (1 + pi / 8 * logits.variance).sqrt()).sigmoid()  # MacKay 1992
+            return logits.expectation(lambda f: (sign * f).double().sigmoid())
+        return (sign * logits.mean / (1 + pi / 8 * logits.variance).sqrt()).double().sigmoid()  # MacKay 1992
 
 
 @dataclass
@@ -306,9 +392,9 @@ class NormalPrediction(Prediction):
     def _moments(self) -> tuple[Tensor, Tensor]:
         return self.logits.mean, self.logits.variance + self.noise_variance
 
-    def _targets(self, seed: int = 0) -> Tensor:
+    def _targets(self, seed: int = 0, logits: Gaussian | None = None) -> Tensor:
         generator = torch.Generator(self.logits.mean.device).manual_seed(seed)
-        drawn = self.logits.samples()
+        drawn = (logits or self.logits).samples()
         noise = torch.randn(drawn.shape, generator=generator, device=drawn.device, dtype=drawn.dtype)
         return drawn + noise * self.noise_variance.sqrt()
 

@@ -132,6 +132,7 @@ class ELLAPredictor(nn.Module):
         One draw of the weights is one function, so its values at different inputs belong together: for Thompson
         sampling, active learning, or the distribution of anything that depends on several outputs at once.
         """
+        self._refuse_top("sample(), or outputs(inputs, forward)")
         generator = torch.Generator().manual_seed(seed)
         return SampledFunctions(self, torch.randn(num_functions, self.draws.shape[1], generator=generator))
 
@@ -144,6 +145,8 @@ class ELLAPredictor(nn.Module):
                 on pairs gives the score of one answer, a classifier its features. All share one posterior, so a
                 difference such as `outputs(a) - outputs(b)` has the variance that it should.
         """
+        if forward is None:
+            self._refuse_top("outputs(inputs, forward)")
         logits, features = self.features(inputs) if forward is None else self._look(inputs, self._through(forward))[:2]
         with as_function(self.model):
             return Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
@@ -262,10 +265,17 @@ class ELLAPredictor(nn.Module):
             self._follow()
             return linearization.look(tree_map(_out_of_inference, as_tree(inputs)), self._tangents, top, targets)
 
+    def _refuse_top(self, instead: str) -> None:
+        if self.settings["top_outputs"] is not None:
+            raise ValueError(
+                f"with top_outputs= every input has other outputs, which cannot be compared: use {instead} that gives "
+                "the outputs that you compare."
+            )
+
     def _learn(self, loader: DataLoader, unpack: Unpack, sign: int) -> Self:
         curvature = self.curvature + sign * self._curvature_of(loader, unpack, self.basis).to(self.curvature)
-        eigenvalues = torch.linalg.eigvalsh(curvature)
-        if eigenvalues[0] < -1e-6 * eigenvalues[-1].abs().clamp_min(1e-12):
+        before, after = torch.linalg.eigvalsh(self.curvature)[-1], torch.linalg.eigvalsh(curvature)[0]
+        if after < -1e-6 * before.abs().clamp_min(1e-12):
             raise ValueError("these points were not among those that the posterior has seen, so it cannot forget them.")
         self.curvature = curvature
         return self
@@ -273,13 +283,16 @@ class ELLAPredictor(nn.Module):
     def _curvature_of(self, loader: DataLoader, unpack: Unpack, tangents: Basis) -> Tensor:
         """Σ Ψᵀ Λ Ψ over the points of a loader."""
         self._check_weights()
-        points = Points(loader, unpack)
+        points, top, how = Points(loader, unpack), self.settings["top_outputs"], self.settings["curvature"]
+        if not len(points):
+            raise ValueError("the loader has no points: pass one with data.")
+        seeds = torch.arange(len(points))  # what is drawn for a point of a loader can be taken out by the same loader
         with as_function(self.model, self._tangents):
             self._follow()
             batches = tqdm(points.batches(range(len(points)), self.device), desc="ELLA curvature", unit="batch")
-            seeds = torch.zeros(len(points))
-            top = self.settings["top_outputs"]
-            return curvature(self._linearization, batches, tangents, self.likelihood, len(points), seeds=seeds, top=top)
+            return curvature(
+                *(self._linearization, batches, tangents, self.likelihood, len(points)), how=how, seeds=seeds, top=top
+            )
 
     def _through(self, forward: Forward) -> Linearization:
         """The network seen through another function; the last one is kept."""

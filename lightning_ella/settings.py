@@ -95,7 +95,11 @@ class Settings:
         _one_of("predictive", self.predictive, predictives)
         _one_of("noise", self.noise, ("shared", "per-output"))
         _one_of("channels", self.channels, ("auto", "first", "last"))
-        if isinstance(self.noise_variance, Iterable):
+        if self.noise_variance is not None and self.likelihood == "heteroscedastic":
+            raise ValueError("noise_variance= is for likelihood='regression': a heteroscedastic network has its own.")
+        if isinstance(self.noise_variance, torch.Tensor) and self.noise_variance.ndim == 0:
+            object.__setattr__(self, "noise_variance", float(self.noise_variance))
+        elif isinstance(self.noise_variance, Iterable):
             object.__setattr__(self, "noise_variance", tuple(map(float, self.noise_variance)))
         for value in torch.atleast_1d(torch.as_tensor(1.0 if self.noise_variance is None else self.noise_variance)):
             if not 0 < value < float("inf"):
