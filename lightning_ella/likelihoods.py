@@ -110,7 +110,7 @@ class Likelihood(ABC):
         low, high = prediction.interval_of_rows(LEVEL)
         inside = (targets >= low) & (targets <= high)
         scores = (prediction.mean_of_rows - targets).square(), prediction.crps_of_rows(targets), inside
-        return torch.stack([nll, *(score.to(nll).flatten(1).mean(1) for score in scores)], -1)  # (n, 4)
+        return torch.stack([nll, *(score.to(nll).unsqueeze(-1).flatten(1).mean(1) for score in scores)], -1)  # (n, 4)
 
     def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
         """Figures of a predictive, updated with `(summary(prediction, targets), targets)`; options are of a Metric."""
@@ -353,7 +353,7 @@ class MultiLabel(Likelihood):
     def nll(self, prediction: LabelPrediction, targets: Tensor) -> Tensor:
         """Sum of −log of the mean probability of each label, as if labels were independent."""
         there, absent = (probs.clamp_min(torch.finfo(probs.dtype).tiny).log() for probs in prediction.both)
-        return -(targets * there + (1 - targets) * absent).sum(-1)
+        return -(targets * there + (1 - targets) * absent).sum(-1).to(prediction.logits.mean)
 
     def summary(self, prediction: LabelPrediction, targets: Tensor) -> Tensor:
         """Probability of each label, (n, C), float64: 1 − p is asked for, too."""

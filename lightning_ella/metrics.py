@@ -198,9 +198,9 @@ class LabelNegativeLogLikelihood(_MeanScore):
 
     def score(self, probs: Tensor, targets: Tensor) -> Tensor:
         """Summed over the labels, (n,)."""
-        tiny = torch.finfo(torch.float32).tiny
-        logs = targets * probs.clamp_min(tiny).log() + (1 - targets) * (1 - probs).clamp_min(tiny).log()
-        return -logs.sum(-1)
+        numbers = torch.finfo(probs.dtype)
+        there, absent = probs.clamp_min(numbers.tiny).log(), (1 - probs).clamp_min(numbers.eps).log()
+        return -(targets * there + (1 - targets) * absent).sum(-1)
 
 
 class LabelBrierScore(_MeanScore):

@@ -91,9 +91,8 @@ class LowRank:
         """A block: rows and columns by slices, tensors of indices or numbers."""
         rows, columns = index
         left, right = self.factor[rows], self.factor[columns]
-        return (left.reshape(-1, left.shape[-1]) @ right.reshape(-1, right.shape[-1]).T).view(
-            *left.shape[:-1], *right.shape[:-1]
-        )
+        products = left.reshape(-1, left.shape[-1]) @ right.reshape(-1, right.shape[-1]).T
+        return products.view([*left.shape[:-1], *right.shape[:-1]])
 
     def diagonal(self) -> Tensor:
         """(n,)."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ella import Settings
+from lightning_ella import LIKELIHOODS, Settings
 from lightning_ella.basis import _eigh
 from lightning_ella.distributed import World
 from lightning_ella.fit import run
@@ -199,6 +200,50 @@ def test_processes_without_points_take_part(pool: Pool):
         assert isinstance(answer, dict), answer
         assert_same(answer, alone, 1e-10)
     assert_each_once(answers, alone, problem)
+
+
+@dataclass(frozen=True)
+class Field(Problem):
+    """Outputs of a likelihood at several positions, so many that calibration takes some of them."""
+
+    kind: str = "classification"
+
+    def settings(self) -> Settings:
+        return replace(super().settings(), likelihood=self.kind, channels="last", predictive="auto")
+
+    def loader(self, count: int, seed: int) -> DataLoader:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(count, 5, 4, generator=generator).to(self.dtype)
+        x[:, 0, 0] = torch.arange(count) / 1000
+        outputs = self.network()(x).detach() / 4
+        y = LIKELIHOODS[self.kind]().sample(outputs, generator)
+        return DataLoader(ListDataset(list(zip(x, y, strict=True))), self.batch_size)
+
+
+def fitted_to_few_positions(world: World, problem: Field) -> dict[str, Any]:
+    """Three of five positions of each unseen point."""
+    with mock.patch("lightning_ella.fit.ROWS", 3 * problem.unseen):
+        fit = run(
+            *(problem.network(), problem.loader(problem.points, 1), problem.loader(problem.unseen, 2)),
+            problem.settings(),
+            world=world,
+        )
+    out = fit.predictor(torch.ones(2, 5, 4, dtype=problem.dtype))
+    by_samples = ("ella/seconds", "map/crps", "ella/crps", "map/coverage_90", "ella/coverage_90")  # of targets
+    figures = {name: value for name, value in fit.figures.items() if name not in by_samples}
+    variances = {"probs": out.logits_mean, "covariance": out.logits_covariance}
+    tensors = {"curvature": fit.predictor.curvature, "eigenvalues": fit.predictor.eigenvalues} | variances
+    return {"figures": figures} | {name: value.tolist() for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ["classification", "heteroscedastic", "regression", "poisson", "multilabel"])
+@pytest.mark.parametrize("unseen", [1, 9])
+def test_positions_of_any_likelihood_are_shared_too(pool: Pool, kind: str, unseen: int):
+    problem = Field(kind=kind, outputs=2, unseen=unseen)
+    alone = fitted_to_few_positions(World(), problem)
+    for answer in pool(2, fitted_to_few_positions, problem):
+        assert isinstance(answer, dict), answer
+        assert_same(answer, alone, 1e-6)
 
 
 def broken(world: World, stage: str, rank: int, how: str) -> None:
