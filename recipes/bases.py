@@ -9,7 +9,7 @@ test points) and of the curvature's (on training points), and by what the calibr
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -170,12 +170,39 @@ def krylov(task: Task) -> Basis:
     return {name: torch.tensordot(best, part, 1) for name, part in both.items()}
 
 
+def optimal_subspace(task: Task) -> Basis:
+    """Of 5 K directions the subspace that keeps most of the predictive variance (Faller and Martin 2025).
+
+    Costs features along 5 K directions at the curvature's points. The prior is the one that the tuning starts from.
+    """
+    wide = uniform_class(replace(task, rank=5 * task.rank))
+    curvature = summed_curvature(task, wide)
+    gram = torch.zeros_like(curvature)
+    for inputs, *_ in task.curvature_batches():
+        features = task.linearization.features(inputs, wide)[1].flatten(0, 1).double()  # (BC, 5K)
+        gram += features.T @ features
+    weakest = torch.linalg.eigvalsh(curvature).clamp_min(1e-8).log().mean().exp()
+    directions = best_subspace(curvature + weakest * torch.eye(len(curvature)), gram, task.rank).float()
+    return {name: torch.tensordot(directions.T, part, 1) for name, part in wide.items()}
+
+
+def best_subspace(precision: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """Orthonormal D (n, rank) with the largest tr(D (Dᵀ A D)⁻¹ Dᵀ S), for precision A and the features' Gram matrix S.
+
+    With A⁻¹ = L Lᵀ it is the span of L U, where U are the leading eigenvectors of Lᵀ S L.
+    """
+    root = torch.linalg.cholesky(torch.linalg.inv(precision))
+    _, vectors = torch.linalg.eigh(root.T @ gram @ root)
+    return torch.linalg.qr(root @ vectors[:, -rank:])[0]
+
+
 RULES = {
     "uniform outputs (the paper)": uniform_class,
     "likely outputs": likely_outputs,
     "rows of Λ^½ J": weighted_rows,
     "RPCholesky, 2 M gradients": rp_cholesky,
     "block Krylov on the curvature": krylov,
+    "optimal subspace of 5 K": optimal_subspace,
 }
 
 

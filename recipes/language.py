@@ -126,7 +126,7 @@ def figures(log_probs: Tensor, confidence: Tensor, correct: Tensor) -> dict[str,
     return {"NLL": nll, "perplexity": float(torch.tensor(nll).exp()), "ECE": float(calibration)}
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="language")
+@hydra.main(version_base="1.3", config_path="../conf", config_name="language")
 def main(config: DictConfig) -> None:
     """Train, fit, and compare on sequences of files that nobody has seen."""
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -196,7 +196,7 @@ def figures(prediction: NormalPrediction, targets: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="regression")
+@hydra.main(version_base="1.3", config_path="../conf", config_name="regression")
 def main(config: DictConfig) -> None:
     """All data sets and seeds; print, draw and write."""
     folder, console = Path(HydraConfig.get().runtime.output_dir), Console(width=100)

@@ -277,7 +277,7 @@ def test_the_rules_for_the_basis_are_compared(tmp_path: Path):
     sizes = ["num_calibration=40", "num_test=20", "num_corrupted=2", "num_foreign=10", "data.train=200", "data.test=60"]
     printed = run("bases.py", tmp_path, "trainer.max_epochs=1", "model.width=4", *sizes, *QUICK)
     rows = json.loads((tmp_path / "run" / "bases.json").read_text())
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows.values():
         assert 0 < row["curvature"] < 1
         assert 0 < row["kernel"] < 1
