@@ -152,9 +152,16 @@ class Linearization:
         return check_finite(torch.cat(logits)), torch.cat(features)
 
     def look(
-        self, inputs: Inputs, basis: Basis, top: int | None = None, targets: Tensor | None = None
+        self,
+        inputs: Inputs,
+        basis: Basis,
+        top: int | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor, Selection | None]:
         """Outputs (B, *, C), features (B, *, C, K), and with `top` which k outputs they are of: C is then k + 1.
+
+        At `temperature` the last of them stands for all others.
 
         The features of all outputs are held for one sample at a time, and for so many of the K directions as the memory
         budget allows; log-probabilities of all others only of the targets (B, *), if they are given.
@@ -168,7 +175,7 @@ class Linearization:
         for i in range(num_samples(inputs)):
             sample = rows(inputs, slice(i, i + 1))
             outputs = self.at_positions(self.logits(sample))
-            selection = Selection.of(outputs, top)
+            selection = Selection.of(outputs, top, temperature)
             reduce = lambda _, products, selection=selection: selection.products(self.at_positions(products))  # noqa: E731
             with self._autocast(engine):
                 _, products = engine.features(sample, tangents, folding, reduce)

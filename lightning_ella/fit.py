@@ -31,6 +31,7 @@ from .predictor import ELLAPredictor, fingerprint, linearize, standard_normal
 from .residual import num_probes, with_probes
 from .settings import Settings
 from .stages import Stages
+from .top import TEMPERATURES, sharpness
 
 log = logging.getLogger(__name__)
 
@@ -198,10 +199,13 @@ def run(
             count = min(len(held_out), settings.num_calibration or len(held_out))
             with world.together("the calibration points"):
                 numbers = draw(count, len(held_out), generator)
+                others = settings.temperature or 1.0
+                if settings.top_outputs is not None and settings.temperature is None:
+                    others = _temperature(linearization, visit(held_out, numbers, "temperature"), world)
                 seeds = world.share(torch.randint(2**62, (count,), generator=generator).tolist())
                 unseen = visit(held_out, numbers, "calibration")
                 most, top = max(1, ROWS // count), settings.top_outputs
-                unseen = _cached(linearization, unseen, basis, example, likelihood, most, seeds, top)
+                unseen = _cached(linearization, unseen, basis, example, likelihood, most, seeds, top, others)
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, world)
         likelihood, temperature = likelihood.settled(posterior.temperature)
         if posterior.softened:
@@ -354,6 +358,14 @@ def _completed(
     return likelihood.completed(world.sum(sums.expand(size).clone()))
 
 
+def _temperature(linearization: Linearization, batches: Iterable[Batch], world: World) -> float:
+    """Of all outputs together the temperature with the lowest NLL, for those that are not kept."""
+    total = torch.zeros(len(TEMPERATURES), dtype=torch.float64, device=linearization.device)
+    for inputs, targets, *_ in batches:
+        total += sharpness(linearization.at_positions(linearization.logits(inputs)), targets.long())
+    return TEMPERATURES[int(world.sum(total).argmin())]
+
+
 def _cached(
     linearization: Linearization,
     batches: Iterable[Batch],
@@ -363,13 +375,15 @@ def _cached(
     most: int,
     seeds: Sequence[int],
     top: int | None,
+    others: float,
 ) -> Observations:
     """Run the network over the points, for `most` rows of each; `example` are outputs, for a process without points."""
     rank, done = len(next(iter(basis.values()))), 0
     parts = []
     for batch in batches:
         drawn = seeds[done : (done := done + num_samples(batch[0]))]
-        parts += observations(linearization, likelihood, Batch(*batch), basis, top=top, most=most, seeds=drawn)
+        options = {"top": top, "most": most, "seeds": drawn, "temperature": others}
+        parts += observations(linearization, likelihood, Batch(*batch), basis, **options)
     if not parts:  # more processes than points
         none = example.flatten(0, -2)[:0]
         none = none if top is None else none[:, : top + 1]

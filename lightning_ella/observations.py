@@ -35,6 +35,7 @@ def observations(
     top: int | None = None,
     most: int | None = None,
     seeds: Sequence[int] = (),
+    temperature: float = 1.0,
 ) -> Iterator[Observations]:
     """Run the network over a batch: its rows, of so many samples at a time as the memory budget allows.
 
@@ -46,10 +47,11 @@ def observations(
         top: how many outputs are kept at each position, the others as one; None keeps all.
         most: rows to keep of each sample, drawn at random; None keeps all.
         seeds: of the choice, one for each sample.
+        temperature: at which the outputs that `top` does not keep are put together.
     """
     inputs, targets, weights = batch
     for part in linearization.affordable(inputs, len(next(iter(basis.values())))):
-        logits, features, kept = linearization.look(rows(inputs, part), basis, top)
+        logits, features, kept = linearization.look(rows(inputs, part), basis, top, temperature=temperature)
         labels = targets[part] if kept is None else kept.labels(targets[part])
         some = None if weights is None else weights[part]
         yield observe(likelihood, logits, features, labels, some, linearization.axis, most, seeds[part])

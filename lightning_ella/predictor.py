@@ -263,7 +263,9 @@ class ELLAPredictor(nn.Module):
         top = self.settings["top_outputs"] if linearization is self._linearization else None
         with as_function(self.model, self._tangents):
             self._follow()
-            return linearization.look(tree_map(_out_of_inference, as_tree(inputs)), self._tangents, top, targets)
+            own = tree_map(_out_of_inference, as_tree(inputs))
+            temperature = 1.0 if top is None else float(self.temperature)
+            return linearization.look(own, self._tangents, top, targets, temperature)
 
     def _refuse_top(self, instead: str) -> None:
         if self.settings["top_outputs"] is not None:

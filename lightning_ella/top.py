@@ -4,16 +4,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+TEMPERATURES = [2 ** (i / 4) for i in range(-4, 13)]  # that the others may have
 IGNORED = -100  # the class index of a position that counts for nothing, as in torch's cross entropy
 
 
 class Selection(NamedTuple):
     """Which of C outputs are kept at each position, and how the others become one.
 
-    The others have the logit log Σ exp f, whose derivative is their mean under their own probabilities. So the softmax
-    over k + 1 outputs has the network's own probabilities, and features that are exact to first order. Among
-    themselves the others keep the network's probabilities, so that a whole distribution is left.
+    At the temperature T the others have the logit T log Σ exp(f / T), whose derivative is their mean under their own
+    probabilities. So the softmax of the k + 1 outputs, divided by T, has the network's own probabilities at T, and the
+    features are exact to first order. Among themselves the others keep the network's probabilities, so that a whole
+    distribution is left.
 
     A target is never put among those that are kept: chosen for being right, it would be told from the others by its
     variance, and calibration would find that the largest is best.
@@ -21,16 +24,18 @@ class Selection(NamedTuple):
 
     indices: Tensor  # (B, *, k)
     others: Tensor  # (B, *, C), log-probabilities among the others, −∞ for those that are kept
+    temperature: float = 1.0  # T
 
     @classmethod
-    def of(cls, logits: Tensor, count: int) -> "Selection":
+    def of(cls, logits: Tensor, count: int, temperature: float = 1.0) -> "Selection":
         """Choose the likeliest."""
         indices = logits.topk(min(count, logits.shape[-1] - 1)).indices
-        return cls(indices, logits.scatter(-1, indices, -torch.inf).log_softmax(-1))
+        return cls(indices, (logits / temperature).scatter(-1, indices, -torch.inf).log_softmax(-1), temperature)
 
     def logits(self, logits: Tensor) -> Tensor:
         """(B, *, C) to (B, *, k + 1)."""
-        rest = logits.scatter(-1, self.indices, -torch.inf).logsumexp(-1, keepdim=True)
+        tempered = (logits / self.temperature).scatter(-1, self.indices, -torch.inf)
+        rest = self.temperature * tempered.logsumexp(-1, keepdim=True)
         return torch.cat([logits.gather(-1, self.indices), rest], -1)
 
     def products(self, products: Tensor) -> Tensor:
@@ -48,3 +53,9 @@ class Selection(NamedTuple):
         """Log p(target | others) where it is one of them, else 0, (B, *)."""
         logs = self.others.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
         return torch.where(logs.isfinite() & (targets != IGNORED), logs, 0)
+
+
+def sharpness(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed −log p of the targets (*) at each of `TEMPERATURES`, from logits (*, C); −100 counts for nothing."""
+    flat, known = logits.flatten(0, -2), targets.flatten()
+    return torch.stack([cross_entropy(flat / t, known, ignore_index=IGNORED, reduction="sum") for t in TEMPERATURES])

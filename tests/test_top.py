@@ -79,6 +79,18 @@ def test_what_is_left_is_a_distribution_over_all_words(case: Case):
     assert (certain.labels(case.targets)[:, 0] == -100).all()
 
 
+def test_the_temperature_is_that_of_all_words_not_of_the_top_alone(case: Case):
+    case = Case(case.model, case.inputs.repeat(40, 1), case.targets)
+    with torch.no_grad():
+        case.model.out.weight.mul_(12)
+    case.targets = torch.distributions.Categorical(logits=case.logits() / 3).sample()
+    predictor = fit_ella(case.model, case.loader(), case.loader(50), num_landmarks=30, rank=4, top_outputs=2)
+    nll = lambda t: -(case.logits() / t).log_softmax(-1).gather(-1, case.targets.unsqueeze(-1)).mean()  # noqa: E731
+    best = min(float(nll(t)) for t in torch.linspace(1, 5, 41))
+    assert best < 0.8 * nll(1.0)
+    assert -predictor.log_prob(case.inputs, case.targets).mean() < 1.01 * best
+
+
 def test_sampled_curvature_is_that_of_all_words_and_needs_no_features(
     case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path
 ):
