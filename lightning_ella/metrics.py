@@ -58,6 +58,30 @@ class BrierScore(_MeanScore):
         return (probs - torch.nn.functional.one_hot(targets, probs.shape[1])).square().sum(1)
 
 
+class Entropy(_MeanScore):
+    """Mean entropy of the probabilities, nats: the total uncertainty."""
+
+    higher_is_better = None
+
+    def update(self, probs: Tensor, targets: Tensor | None = None) -> None:
+        """Add a batch: probabilities (B, C)."""
+        self.total += torch.special.entr(probs.double()).sum()
+        self.count += len(probs)
+
+
+class MutualInformation(_MeanScore):
+    """Mean of H(E[p]) − E[H(p)] over draws of the network, nats: the epistemic uncertainty (Houlsby et al. 2011)."""
+
+    higher_is_better = None
+
+    def update(self, probs: Tensor, targets: Tensor | None = None) -> None:
+        """Add a batch: probabilities (S, B, C) of S draws, as of `predictor.sample_functions(S)`."""
+        mean = probs.double().mean(0)
+        expected = torch.special.entr(probs.double()).sum(-1).mean(0)
+        self.total += (torch.special.entr(mean).sum(-1) - expected).sum()
+        self.count += probs.shape[1]
+
+
 class _Collected(Metric):
     """A figure of all samples at once: what `update` appends to the named lists is gathered over the processes."""
 

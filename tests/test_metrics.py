@@ -12,12 +12,16 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinarySpecificityAtSensitivity
 
+from lightning_ella.likelihoods import Classification
 from lightning_ella.metrics import (
     AdaptiveCalibrationError,
     AreaUnderRiskCoverage,
+    Entropy,
     FalsePositiveRate,
+    MutualInformation,
     classification_metrics,
 )
+from lightning_ella.predictions import Gaussian
 
 CLASSES = 3
 
@@ -164,3 +168,18 @@ def test_the_reported_set():
     assert set(found) == {"accuracy", "nll", "ece", "adaptive_ece", "brier", "aurc"}
     assert float(found["aurc"]) == value(AreaUnderRiskCoverage(), probs, targets)
     assert float(found["adaptive_ece"]) == value(AdaptiveCalibrationError(15), probs, targets)
+
+
+def test_entropy_and_mutual_information_are_those_of_a_prediction():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(40, 2, generator=generator)
+    logits = Gaussian(
+        torch.randn(9, CLASSES, generator=generator), torch.randn(9, CLASSES, 2, generator=generator), draws
+    )
+    prediction = Classification().predict(logits, "mc", torch.ones(()))
+    total, epistemic = Entropy(), MutualInformation()
+    for part in (slice(0, 4), slice(4, 9)):
+        total.update(prediction.probs[part])
+        epistemic.update(logits.samples().softmax(-1)[:, part])
+    torch.testing.assert_close(total.compute(), prediction.entropy.mean())
+    torch.testing.assert_close(epistemic.compute(), prediction.mutual_information.mean())
