@@ -197,11 +197,11 @@ def run(
             posterior, figures = _given(hessian, likelihood, settings, prior), {}
         else:
             count = min(len(held_out), settings.num_calibration or len(held_out))
+            numbers = draw(count, len(held_out), generator)
+            others = settings.temperature or 1.0
+            if settings.top_outputs is not None and settings.temperature is None:
+                others = _temperature(linearization, visit(held_out, numbers, "temperature"), world)
             with world.together("the calibration points"):
-                numbers = draw(count, len(held_out), generator)
-                others = settings.temperature or 1.0
-                if settings.top_outputs is not None and settings.temperature is None:
-                    others = _temperature(linearization, visit(held_out, numbers, "temperature"), world)
                 seeds = world.share(torch.randint(2**62, (count,), generator=generator).tolist())
                 unseen = visit(held_out, numbers, "calibration")
                 most, top = max(1, ROWS // count), settings.top_outputs
@@ -361,8 +361,9 @@ def _completed(
 def _temperature(linearization: Linearization, batches: Iterable[Batch], world: World) -> float:
     """Of all outputs together the temperature with the lowest NLL, for those that are not kept."""
     total = torch.zeros(len(TEMPERATURES), dtype=torch.float64, device=linearization.device)
-    for inputs, targets, *_ in batches:
-        total += sharpness(linearization.at_positions(linearization.logits(inputs)), targets.long())
+    with world.together("the temperature"):
+        for inputs, targets, *_ in batches:
+            total += sharpness(linearization.at_positions(linearization.logits(inputs)), targets.long())
     return TEMPERATURES[int(world.sum(total).argmin())]
 
 

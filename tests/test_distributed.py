@@ -207,9 +207,11 @@ class Field(Problem):
     """Outputs of a likelihood at several positions, so many that calibration takes some of them."""
 
     kind: str = "classification"
+    top: int | None = None
 
     def settings(self) -> Settings:
-        return replace(super().settings(), likelihood=self.kind, channels="last", predictive="auto")
+        options = {"likelihood": self.kind, "channels": "last", "predictive": "auto", "top_outputs": self.top}
+        return replace(super().settings(), **options)
 
     def loader(self, count: int, seed: int) -> DataLoader:
         generator = torch.Generator().manual_seed(seed)
@@ -240,6 +242,14 @@ def fitted_to_few_positions(world: World, problem: Field) -> dict[str, Any]:
 @pytest.mark.parametrize("unseen", [1, 9])
 def test_positions_of_any_likelihood_are_shared_too(pool: Pool, kind: str, unseen: int):
     problem = Field(kind=kind, outputs=2, unseen=unseen)
+    alone = fitted_to_few_positions(World(), problem)
+    for answer in pool(2, fitted_to_few_positions, problem):
+        assert isinstance(answer, dict), answer
+        assert_same(answer, alone, 1e-6)
+
+
+def test_the_likeliest_outputs_are_shared_too(pool: Pool):
+    problem = Field(outputs=6, top=2)
     alone = fitted_to_few_positions(World(), problem)
     for answer in pool(2, fitted_to_few_positions, problem):
         assert isinstance(answer, dict), answer
