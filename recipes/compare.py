@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -152,20 +153,27 @@ def fit_all(config: DictConfig, module: LightningModule, data: Images, seed: int
     own = Own(predictor, held_out)
     predictions |= {name: own.variant(given) for name, given in ABLATION.items()}
     predictions["ELLA as in the paper"] = Own(without_probes(predictor), held_out).variant(PAPER)
-    predictions["prior by marginal likelihood"] = own.variant(by_evidence(predictor, task.train))
+    predictions["prior by marginal likelihood"] = own.variant(by_evidence(predictor, task))
     functions = predictor.sample_functions(NUM_FUNCTIONS, seed)
     predictions[f"{NUM_FUNCTIONS} sampled functions"] = lambda images: functions(images).softmax(-1).mean(0)
     return predictions, costs, lambda images: predictor(images).novelty
 
 
-def by_evidence(predictor: ELLAPredictor, train: DataLoader) -> dict[str, float | None]:
-    """No unseen points: the prior variance with the highest marginal likelihood, by its gradient, and nothing else."""
-    evidence, log_prior = predictor.evidence(train), torch.zeros((), dtype=torch.float64, requires_grad=True)
+def by_evidence(predictor: ELLAPredictor, task: Task) -> dict[str, float | None]:
+    """No unseen points: the prior variance with the highest marginal likelihood, by its gradient, and nothing else.
+
+    That of the training points, from the sums over some of them.
+    """
+    some, log_prior = predictor.evidence(task.part), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    count = len(task.train.dataset)  # type: ignore[arg-type] - it has a length
+    scale = count / len(task.part.dataset)  # type: ignore[arg-type]
+    sums = ("log_likelihood", "eigenvalues", "outside")
+    evidence = replace(some, **{name: scale * getattr(some, name) for name in sums})
     optimizer = torch.optim.LBFGS([log_prior], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = -evidence(log_prior.exp()) / len(train)
+        loss = -evidence(log_prior.exp()) / count
         loss.backward()
         return loss
 
