@@ -5,6 +5,7 @@
 It starts itself as a user's training script in real processes (CPU and gloo) and lets one of them fail.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -58,6 +59,12 @@ class Blobs(LightningModule):
         self.first = nn.Linear(2, 8)
         self.norm = nn.BatchNorm1d(8) if batchnorm else nn.Identity()
         self.last = nn.Linear(8, 3)
+
+    def setup(self, stage: str) -> None:
+        # Lightning ends the process group of NCCL alone: gloo's threads may abort an interpreter that shuts down.
+        if torch.distributed.is_initialized():
+            atexit.unregister(torch.distributed.destroy_process_group)  # of an earlier stage
+            atexit.register(torch.distributed.destroy_process_group)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.norm(self.first(x)).relu())
