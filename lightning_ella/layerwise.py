@@ -63,8 +63,13 @@ class OuterProducts(Rows):
         num_cotangents: S.
     """
 
+    RESPONSE = 1.0  # what a multiply-add of the response takes, in those of the rows
+
     def __init__(self, gradients: Tensor, patches: Tensor, num_cotangents: int):
         self.gradients, self.patches, self.num_cotangents = gradients, patches, num_cotangents
+
+    def __getitem__(self, samples: slice) -> "OuterProducts":
+        return OuterProducts(self.gradients[samples], self.patches[samples], self.num_cotangents)
 
     def dense(self) -> Tensor:
         """(B, S, G * o * d)."""
@@ -72,18 +77,55 @@ class OuterProducts(Rows):
         products = (self.gradients @ self.patches.mT).view(B, G, self.num_cotangents, -1)
         return products.transpose(1, 2).reshape(B, self.num_cotangents, -1)
 
+    def response(self, basis: Tensor) -> Tensor:
+        """(B, S, K), from how the layer's outputs respond to its weights' move along a basis (K, p)."""
+        tangents = basis.to(self.patches.dtype).view(len(basis), self.gradients.shape[1], -1, self.patches.shape[2])
+        responses = torch.einsum("bgdt,kgod->bgotk", self.patches, tangents)
+        return torch.einsum("bgsot,bgotk->bsk", self.gradients.unflatten(2, (self.num_cotangents, -1)), responses)
+
     def times(self, basis: Tensor) -> Tensor:
-        """(B, S, K), by way of the rows or of the layer's response to the basis, whichever is less work."""
-        _, G, So, T = self.gradients.shape
-        S, d, K = self.num_cotangents, self.patches.shape[2], len(basis)
-        basis = basis.to(self.patches.dtype)
-        if K * T * (d + S) < S * d * (T + K):  # multiply-adds for an output channel
-            tangents = basis.view(K, G, -1, d)
-            responses = torch.einsum("bgdt,kgod->bgotk", self.patches, tangents)
-            return torch.einsum("bgsot,bgotk->bsk", self.gradients.unflatten(2, (S, -1)), responses)
-        size = max(1, MAX_BYTES // (G * So * d * self.patches.element_size()))
-        parts = zip(self.gradients.split(size), self.patches.split(size), strict=True)
-        return torch.cat([Rows(OuterProducts(g, a, S).dense()).times(basis) for g, a in parts])
+        """(B, S, K), by way of the rows or of the layer's response to the basis, whichever takes less time."""
+        B, G, So, T = self.gradients.shape
+        S, K = self.num_cotangents, len(basis)
+        d = basis.shape[1] * S // (G * So)
+        # Multiply-adds for an output channel; to write and read an element of a row takes as long as 32 of them.
+        by_response = self.RESPONSE * K * T * (d + S) < S * d * (T + K + 32)
+        held = (G * So // S * K * T if by_response else G * So * d) * self.gradients.element_size()  # of a sample
+        size = max(1, MAX_BYTES // held)
+        parts = (self[start : start + size] for start in range(0, B, size))
+        return torch.cat([p.response(basis) if by_response else Rows(p.dense()).times(basis) for p in parts])
+
+
+class Convolved(OuterProducts):
+    """Rows of J for the weights of a convolution: its patches are windows, made when they are needed.
+
+    Args:
+        layer: the convolution.
+        inputs: of the layer, (B, in, H, W).
+        gradients: of its outputs, (B, S, out, H', W').
+    """
+
+    RESPONSE = 0.6  # a convolution is faster than batched products
+
+    def __init__(self, layer: nn.Conv2d, inputs: Tensor, gradients: Tensor):
+        self.layer, self.inputs, self.of_outputs, self.num_cotangents = layer, inputs, gradients, gradients.shape[1]
+        self.gradients = gradients.flatten(3).unflatten(2, (layer.groups, -1)).transpose(1, 2).flatten(2, 3)
+
+    def __getitem__(self, samples: slice) -> "Convolved":
+        return Convolved(self.layer, self.inputs[samples], self.of_outputs[samples])
+
+    @property
+    def patches(self) -> Tensor:  # type: ignore[override]
+        """(B, G, in / G * kernel, T)."""
+        return sliding_windows(self.layer, self.inputs).unflatten(1, (self.layer.groups, -1))
+
+    def response(self, basis: Tensor) -> Tensor:
+        """(B, S, K), with the basis (K, p) as weights of K times as many channels."""
+        shape = len(basis), self.layer.groups, -1, *self.layer.weight.shape[1:]
+        weights = basis.to(self.inputs.dtype).view(shape).transpose(0, 1).flatten(0, 2)  # (G * K * o, in / G, *)
+        responses = nn.Conv2d._conv_forward(self.layer, self.inputs, weights, None)  # (B, G * K * o, H', W')
+        responses = responses.reshape(*self.gradients.shape[:2], len(basis), -1)  # (B, G, K, o * T)
+        return (self.gradients.reshape(*responses.shape[:2], self.num_cotangents, -1) @ responses.mT).sum(1)
 
 
 Terms = Iterator[tuple[Tensor | None, Rows]]  # a parameter, and what this call of its layer adds to its rows
@@ -106,12 +148,9 @@ def by_token(gradients: Tensor, B: int, width: int) -> Tensor:
 
 def conv2d(layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
     """(B, in, H, W) to (B, out, H', W')."""
-    G, S = layer.groups, gradients.shape[1]
-    g = gradients.flatten(3)  # (B, S, out, T)
-    grouped = g.unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3)  # (B, G, S * o, T)
-    yield layer.weight, OuterProducts(grouped, sliding_windows(layer, inputs).unflatten(1, (G, -1)), S)
+    yield layer.weight, Convolved(layer, inputs, gradients)
     if layer.bias is not None:
-        yield layer.bias, Rows(g.sum(3))
+        yield layer.bias, Rows(gradients.sum((3, 4)))
 
 
 def sliding_windows(layer: nn.Conv2d, inputs: Tensor) -> Tensor:

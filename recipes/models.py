@@ -35,9 +35,10 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H / stride, W / stride)."""
         out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        half = self.new_channels // 2
-        shortcut = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
-        return (out + shortcut).relu()
+        if self.new_channels:
+            half = self.new_channels // 2
+            x = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
+        return (out + x).relu()
 
 
 class CifarResNet(nn.Module):
