@@ -23,6 +23,7 @@ from torch.nn.functional import batch_norm as normalize_batch
 from torch.nn.functional import group_norm as normalize_groups
 from torch.nn.functional import layer_norm as normalize_layer
 from torch.nn.functional import pad
+from torch.nn.grad import conv2d_weight
 from torch.utils._pytree import tree_map
 
 from .data import Inputs
@@ -36,6 +37,7 @@ Cotangents = Callable[[Tensor], Tensor]  # logits (B, C) -> (B, S, C)
 
 MAX_COTANGENTS = 64  # that are pulled back from one forward pass for features: nothing grows as C²
 MAX_BYTES = 2**24  # of J, for one layer, held at a time: what stays in a cache
+MAX_BYTES_IN_GROUPS = 3 * 2**20  # the same, where one convolution has each sample as a group of channels
 
 
 class Rows:
@@ -64,6 +66,7 @@ class OuterProducts(Rows):
     """
 
     RESPONSE = 1.0  # what a multiply-add of the response takes, in those of the rows
+    in_groups = False
 
     def __init__(self, gradients: Tensor, patches: Tensor, num_cotangents: int):
         self.gradients, self.patches, self.num_cotangents = gradients, patches, num_cotangents
@@ -91,7 +94,7 @@ class OuterProducts(Rows):
         # Multiply-adds for an output channel; to write and read an element of a row takes as long as 32 of them.
         by_response = self.RESPONSE * K * T * (d + S) < S * d * (T + K + 32)
         held = (G * So // S * K * T if by_response else G * So * d) * self.gradients.element_size()  # of a sample
-        size = max(1, MAX_BYTES // held)
+        size = max(1, (MAX_BYTES_IN_GROUPS if self.in_groups and not by_response else MAX_BYTES) // held)
         parts = (self[start : start + size] for start in range(0, B, size))
         return torch.cat([p.response(basis) if by_response else Rows(p.dense()).times(basis) for p in parts])
 
@@ -113,6 +116,28 @@ class Convolved(OuterProducts):
 
     def __getitem__(self, samples: slice) -> "Convolved":
         return Convolved(self.layer, self.inputs[samples], self.of_outputs[samples])
+
+    @property
+    def in_groups(self) -> bool:  # type: ignore[override]
+        """Whether to have each sample as a group of channels, and rows as its weights' gradients.
+
+        Up to ten times faster than products of windows, but slower where a group is large, and in bf16.
+        """
+        few = 2 * self.num_cotangents * self.layer.weight.nbytes <= MAX_BYTES_IN_GROUPS
+        known = self.inputs.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        return few and known and self.inputs.dtype == self.gradients.dtype == torch.float32
+
+    def dense(self) -> Tensor:
+        """(B, S, G * o * d)."""
+        if not self.in_groups:
+            return super().dense()
+        B, G, So, _ = self.gradients.shape
+        images, size = padded(self.layer, self.inputs), (B * G * So, *self.layer.weight.shape[1:])
+        gradients = self.gradients.reshape(1, -1, *self.of_outputs.shape[3:])  # samples as groups of channels
+        images = images.reshape(1, -1, *images.shape[2:])
+        stride, dilation = self.layer.stride, self.layer.dilation
+        weights = conv2d_weight(images, size, gradients, stride, 0, dilation, B * G)  # type: ignore[arg-type]
+        return weights.view(B, G, self.num_cotangents, -1).transpose(1, 2).reshape(B, self.num_cotangents, -1)
 
     @property
     def patches(self) -> Tensor:  # type: ignore[override]
@@ -153,10 +178,15 @@ def conv2d(layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms
         yield layer.bias, Rows(gradients.sum((3, 4)))
 
 
+def padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """(B, in, H, W) with the layer's padding."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return pad(inputs, layer._reversed_padding_repeated_twice, mode)
+
+
 def sliding_windows(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
     """What `F.unfold` gives, (B, in * kernel, T), by one strided copy: many times faster on a CPU."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    windows = pad(inputs, layer._reversed_padding_repeated_twice, mode)
+    windows = padded(layer, inputs)
     for axis, size, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
         windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)
     windows = windows[..., :: layer.dilation[0], :: layer.dilation[1]]  # (B, in, H', W', kernel, kernel)

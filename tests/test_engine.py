@@ -11,7 +11,7 @@ from conftest import TinyViT, conv_batchnorm, flat, make_case
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_ella import fit_ella
+from lightning_ella import fit_ella, layerwise
 from lightning_ella.engine import Linearization, free_memory
 from lightning_ella.linearize import as_function
 
@@ -209,6 +209,27 @@ def test_every_kind_of_layer_gives_the_dense_jacobian(name: str, engine: str, ra
     torch.testing.assert_close(rows, J[torch.arange(5), outputs], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(logits, model(x).detach())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["convolutions", "channels_last"])
+@pytest.mark.parametrize("most", [0, 2000, 2**22])  # windows; groups of some samples; of all
+def test_rows_of_convolutions_in_float32_are_those_of_the_dense_jacobian(
+    name: str, most: int, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    monkeypatch.setattr(layerwise, "MAX_BYTES_IN_GROUPS", most)
+    make, inputs = NETWORKS[name]
+    model, x = make().eval(), inputs()
+    basis = {name: torch.randn(23, *p.shape) for name, p in model.named_parameters()}
+    with as_function(model):
+        linearization = Linearization(model, engine="layerwise")
+        _, features = linearization.features(x, basis)
+        outputs = torch.arange(5) % 3
+        rows = torch.cat([torch.cat(list(c.values()), 1) for c in linearization.gradients(x, outputs)])
+    J = dense_jacobian(model.double(), x.double())
+    expected = J @ flat({name: part.double() for name, part in basis.items()})
+    assert (features - expected).norm() < 1e-5 * expected.norm()
+    assert (rows - J[torch.arange(5), outputs]).norm() < 1e-5 * rows.norm()
 
 
 def test_common_layers_take_the_fast_route():
