@@ -234,28 +234,39 @@ def detection(scores: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def bootstrap(probs: dict[str, dict[str, Tensor]], sets: Sets, keys: list[str], count: int) -> dict[str, list[float]]:
-    """95 % interval of each method's NLL over ours, minus one: paired, resampled over images."""
+def losses_of(probs: dict[str, dict[str, Tensor]], sets: Sets, keys: list[str]) -> dict[str, Tensor]:
+    """Each method's NLL of each image, (n,): the mean over the corruptions of it."""
     targets = sets[keys[0]][1].unsqueeze(1)
-    losses = {
-        name: torch.stack([-found[key].double().gather(1, targets).clamp_min(1e-38).log() for key in keys]).mean(0)
+    return {
+        name: torch.stack([-found[key].double().gather(1, targets).clamp_min(1e-38).log() for key in keys]).mean((0, 2))
         for name, found in probs.items()
-    }  # (n, 1): the mean over the corruptions of each image
-    drawn = torch.randint(len(targets), (count, len(targets)), generator=torch.Generator().manual_seed(0))
-    resampled = {name: loss.squeeze(1)[drawn].mean(1) for name, loss in losses.items()}
+    }
+
+
+def bootstrap(losses: list[dict[str, Tensor]], count: int) -> dict[str, list[float]]:
+    """95 % interval of each method's NLL over ours, minus one, from its losses (n,) by seed.
+
+    Paired, and resampled over images and over seeds: what calibration points, landmarks and draws make of it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(len(losses[0][OURS]), (count, len(losses[0][OURS])), generator=generator)
+    seeds = torch.randint(len(losses), (count, len(losses)), generator=generator)
+
+    def resampled(name: str) -> Tensor:
+        by_seed = torch.stack([loss[name][images].mean(1) for loss in losses], 1)  # (count, seeds)
+        return by_seed.gather(1, seeds).mean(1)
+
     quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {name: (means / resampled[OURS] - 1).quantile(quantiles).tolist() for name, means in resampled.items()}
+    return {name: (resampled(name) / resampled(OURS) - 1).quantile(quantiles).tolist() for name in losses[0]}
 
 
-def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets, seed: int) -> tuple[dict, dict]:
-    """All figures of one seed, method -> group -> name -> value, and the probabilities."""
+def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets, seed: int) -> tuple[dict, dict, dict]:
+    """Of one seed: figures, method -> group -> name -> value; probabilities; losses, group -> method -> (n,)."""
     predictions, costs, score = fit_all(config, module, data, seed)
     probs, scores = predict_all(predictions, score, sets)
     corrupted = [key for key in sets if key != "test" and not key.startswith("foreign")]
     by_severity = [[key for key in corrupted if key.endswith(f"/{severity}")] for severity in SEVERITIES]
     taken = times(predictions, module, sets["test"][0][:64])
-    intervals = {"test": bootstrap(probs, sets, ["test"], config.num_bootstraps)}
-    intervals["corrupted"] = bootstrap(probs, sets, corrupted, config.num_bootstraps)
     rows: dict[str, dict] = {}
     for name, found in probs.items():
         entropies = {key: torch.special.entr(found[key]).sum(1) for key in found if key not in corrupted}
@@ -265,11 +276,11 @@ def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets,
             "corrupted": {figure: mean(row[figure] for row in shifted) for figure in clean},
             "foreign": detection(entropies),
             "cost": {"F": taken[name], **costs.get(name, {})},
-            "NLL over ours": {key: by_method[name] for key, by_method in intervals.items()},
             "ECE by severity": [row["ece"] for row in (clean, *shifted)],
         }
     rows[f"{OURS}, by novelty"] = {"foreign": detection(scores)}
-    return rows, probs
+    losses = {"test": losses_of(probs, sets, ["test"]), "corrupted": losses_of(probs, sets, corrupted)}
+    return rows, probs, losses
 
 
 def show(runs: list[dict], console: Console, config: DictConfig) -> None:
@@ -320,10 +331,15 @@ def main(config: DictConfig) -> None:
     module = network(config, data, config.seed)
     data.setup("fit")
     sets = evaluation_sets(data, config)
-    runs, probs = [], {}
+    runs, losses, probs = [], [], {}
     for seed in config.seeds:
-        rows, probs = study(config, module, data, sets, seed)
+        rows, probs, lost = study(config, module, data, sets, seed)
         runs.append(rows)
+        losses.append(lost)
+    for group in losses[0]:
+        for name, interval in bootstrap([lost[group] for lost in losses], config.num_bootstraps).items():
+            for rows in runs:
+                rows[name].setdefault("NLL over ours", {})[group] = interval
     show(runs, Console(width=140), config)
     (folder / "compare.json").write_text(json.dumps(dict(zip(map(str, config.seeds), runs, strict=True)), indent=2))
     for name, figure in plots(runs[-1], probs, sets).items():
