@@ -8,6 +8,7 @@ B samples, S cotangents each (S = C for all of J), T positions or tokens, K colu
 """
 
 import logging
+import operator
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ Cotangents = Callable[[Tensor], Tensor]  # logits (B, C) -> (B, S, C)
 MAX_COTANGENTS = 64  # that are pulled back from one forward pass for features: nothing grows as C²
 MAX_BYTES = 2**24  # of J, for one layer, held at a time: what stays in a cache
 MAX_BYTES_IN_GROUPS = 3 * 2**20  # the same, where one convolution has each sample as a group of channels
+MAX_BYTES_OF_BASIS = 2**26  # of a layer's directions, whose responses are computed at a time
 
 
 class Rows:
@@ -65,7 +67,7 @@ class OuterProducts(Rows):
         num_cotangents: S.
     """
 
-    RESPONSE = 1.0  # what a multiply-add of the response takes, in those of the rows
+    response_cost = 1.0  # of a multiply-add, in those of the rows
     in_groups = False
 
     def __init__(self, gradients: Tensor, patches: Tensor, num_cotangents: int):
@@ -82,21 +84,31 @@ class OuterProducts(Rows):
 
     def response(self, basis: Tensor) -> Tensor:
         """(B, S, K), from how the layer's outputs respond to its weights' move along a basis (K, p)."""
-        tangents = basis.to(self.patches.dtype).view(len(basis), self.gradients.shape[1], -1, self.patches.shape[2])
+        tangents = basis.view(len(basis), self.gradients.shape[1], -1, self.patches.shape[2])
         responses = torch.einsum("bgdt,kgod->bgotk", self.patches, tangents)
         return torch.einsum("bgsot,bgotk->bsk", self.gradients.unflatten(2, (self.num_cotangents, -1)), responses)
 
     def times(self, basis: Tensor) -> Tensor:
         """(B, S, K), by way of the rows or of the layer's response to the basis, whichever takes less time."""
-        B, G, So, T = self.gradients.shape
-        S, K = self.num_cotangents, len(basis)
-        d = basis.shape[1] * S // (G * So)
+        _, G, So, T = self.gradients.shape
+        S, (K, p), bytes_each = self.num_cotangents, basis.shape, self.gradients.element_size()
+        d = p * S // (G * So)
         # Multiply-adds for an output channel; to write and read an element of a row takes as long as 32 of them.
-        by_response = self.RESPONSE * K * T * (d + S) < S * d * (T + K + 32)
-        held = (G * So // S * K * T if by_response else G * So * d) * self.gradients.element_size()  # of a sample
-        size = max(1, (MAX_BYTES_IN_GROUPS if self.in_groups and not by_response else MAX_BYTES) // held)
-        parts = (self[start : start + size] for start in range(0, B, size))
-        return torch.cat([p.response(basis) if by_response else Rows(p.dense()).times(basis) for p in parts])
+        if self.response_cost * K * T * (d + S) >= S * d * (T + K + 32):
+            basis, most = basis.to(self.gradients.dtype), MAX_BYTES_IN_GROUPS if self.in_groups else MAX_BYTES
+            return torch.cat([Rows(part.dense()).times(basis) for part in self.parts(most, S * p * bytes_each)])
+        few = max(1, MAX_BYTES_OF_BASIS // (p * bytes_each))  # a library may copy them
+        return torch.cat([self._responses(some.to(self.gradients.dtype)) for some in basis.split(few)], 2)
+
+    def parts(self, most: int, one: int) -> Iterator["OuterProducts"]:
+        """So many samples at a time that `most` bytes are held, `one` for each."""
+        size = max(1, most // one)
+        return (self[start : start + size] for start in range(0, len(self.gradients), size))
+
+    def _responses(self, basis: Tensor) -> Tensor:
+        _, G, So, T = self.gradients.shape
+        one = len(basis) * G * So // self.num_cotangents * T * self.gradients.element_size()
+        return torch.cat([part.response(basis) for part in self.parts(MAX_BYTES, one)])
 
 
 class Convolved(OuterProducts):
@@ -108,14 +120,17 @@ class Convolved(OuterProducts):
         gradients: of its outputs, (B, S, out, H', W').
     """
 
-    RESPONSE = 0.6  # a convolution is faster than batched products
-
     def __init__(self, layer: nn.Conv2d, inputs: Tensor, gradients: Tensor):
         self.layer, self.inputs, self.of_outputs, self.num_cotangents = layer, inputs, gradients, gradients.shape[1]
         self.gradients = gradients.flatten(3).unflatten(2, (layer.groups, -1)).transpose(1, 2).flatten(2, 3)
 
     def __getitem__(self, samples: slice) -> "Convolved":
         return Convolved(self.layer, self.inputs[samples], self.of_outputs[samples])
+
+    @property
+    def response_cost(self) -> float:  # type: ignore[override]
+        """A convolution is faster than batched products, but not where its windows do not overlap."""
+        return 0.6 if any(map(operator.gt, self.layer.kernel_size, self.layer.stride)) else 1.5
 
     @property
     def in_groups(self) -> bool:  # type: ignore[override]
@@ -147,7 +162,7 @@ class Convolved(OuterProducts):
     def response(self, basis: Tensor) -> Tensor:
         """(B, S, K), with the basis (K, p) as weights of K times as many channels."""
         shape = len(basis), self.layer.groups, -1, *self.layer.weight.shape[1:]
-        weights = basis.to(self.inputs.dtype).view(shape).transpose(0, 1).flatten(0, 2)  # (G * K * o, in / G, *)
+        weights = basis.view(shape).transpose(0, 1).flatten(0, 2)  # (G * K * o, in / G, *)
         responses = nn.Conv2d._conv_forward(self.layer, self.inputs, weights, None)  # (B, G * K * o, H', W')
         responses = responses.reshape(*self.gradients.shape[:2], len(basis), -1)  # (B, G, K, o * T)
         return (self.gradients.reshape(*responses.shape[:2], self.num_cotangents, -1) @ responses.mT).sum(1)
@@ -175,7 +190,7 @@ def conv2d(layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms
     """(B, in, H, W) to (B, out, H', W')."""
     yield layer.weight, Convolved(layer, inputs, gradients)
     if layer.bias is not None:
-        yield layer.bias, Rows(gradients.sum((3, 4)))
+        yield layer.bias, Rows(gradients.flatten(3).sum(3))
 
 
 def padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:

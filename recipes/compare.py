@@ -246,18 +246,19 @@ def losses_of(probs: dict[str, dict[str, Tensor]], sets: Sets, keys: list[str]) 
 def bootstrap(losses: list[dict[str, Tensor]], count: int) -> dict[str, list[float]]:
     """95 % interval of each method's NLL over ours, minus one, from its losses (n,) by seed.
 
-    Paired, and resampled over images and over seeds: what calibration points, landmarks and draws make of it.
+    Paired, and resampled over images and, where there are several, seeds (with what so few of them lack in variance).
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, m = torch.Generator().manual_seed(0), len(losses)
     images = torch.randint(len(losses[0][OURS]), (count, len(losses[0][OURS])), generator=generator)
-    seeds = torch.randint(len(losses), (count, len(losses)), generator=generator)
+    seeds = torch.randint(m, (count, m), generator=generator)
 
     def resampled(name: str) -> Tensor:
-        by_seed = torch.stack([loss[name][images].mean(1) for loss in losses], 1)  # (count, seeds)
-        return by_seed.gather(1, seeds).mean(1)
+        by_seed = torch.stack([loss[name][images].mean(1) for loss in losses], 1)  # (count, m)
+        deviation = by_seed.gather(1, seeds).mean(1) - by_seed.mean(1)
+        return by_seed.mean(1) + deviation * (m / max(1, m - 1)) ** 0.5
 
-    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {name: (resampled(name) / resampled(OURS) - 1).quantile(quantiles).tolist() for name in losses[0]}
+    ours, quantiles = resampled(OURS), torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {name: (resampled(name) / ours - 1).quantile(quantiles).tolist() for name in losses[0]}
 
 
 def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets, seed: int) -> tuple[dict, dict, dict]:
@@ -283,7 +284,7 @@ def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets,
     return rows, probs, losses
 
 
-def show(runs: list[dict], console: Console, config: DictConfig) -> None:
+def show(runs: list[dict], over_ours: dict[str, dict], console: Console, config: DictConfig) -> None:
     """Print a table for each group of figures: the mean over seeds, and the spread if there are several."""
     titles = {
         "test": f"{config.num_test:,} test images",
@@ -293,14 +294,14 @@ def show(runs: list[dict], console: Console, config: DictConfig) -> None:
     }
     for group, title in titles.items():
         names: dict[str, None] = {name: None for row in runs[0].values() for name in row.get(group, {})}
-        interval = ["NLL over ours"] if group in ("test", "corrupted") else []
+        interval = ["NLL over ours"] if group in over_ours else []
         table = Table("", *(FIGURES.get(name) or name for name in names), *interval, title=title)
         for method, row in runs[0].items():
             if group not in row:
                 continue
             cells = [cell([run[method][group][n] for run in runs]) if n in row[group] else "" for n in names]
             if interval:
-                low, high = row["NLL over ours"][group]
+                low, high = over_ours[group][method]
                 cells.append("" if method == OURS else f"{low:+.1%} … {high:+.1%}")
             table.add_row(method, *cells)
         console.print(table)
@@ -336,12 +337,10 @@ def main(config: DictConfig) -> None:
         rows, probs, lost = study(config, module, data, sets, seed)
         runs.append(rows)
         losses.append(lost)
-    for group in losses[0]:
-        for name, interval in bootstrap([lost[group] for lost in losses], config.num_bootstraps).items():
-            for rows in runs:
-                rows[name].setdefault("NLL over ours", {})[group] = interval
-    show(runs, Console(width=140), config)
-    (folder / "compare.json").write_text(json.dumps(dict(zip(map(str, config.seeds), runs, strict=True)), indent=2))
+    over_ours = {key: bootstrap([lost[key] for lost in losses], config.num_bootstraps) for key in losses[0]}
+    show(runs, over_ours, Console(width=140), config)
+    found = dict(zip(map(str, config.seeds), runs, strict=True)) | {"NLL over ours": over_ours}
+    (folder / "compare.json").write_text(json.dumps(found, indent=2))
     for name, figure in plots(runs[-1], probs, sets).items():
         figure.savefig(folder / f"{name}.png", dpi=150)
     logger = instantiate(config.logger) if config.logger else None

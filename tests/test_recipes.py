@@ -147,11 +147,14 @@ def test_the_study_compares_rivals_and_ablations_and_writes_what_it_found(tmp_pa
     sizes = ["num_calibration=40", "num_test=30", "num_corrupted=4", "num_foreign=10", "num_bootstraps=20"]
     sizes += ["ensemble=2", "seeds=[0,1]", "rivals=[MAP,temperature scaling,MC dropout]"]
     printed = run("compare.py", tmp_path, *network, *sizes, *QUICK)
-    rows = json.loads((tmp_path / "run" / "compare.json").read_text())["1"]
+    figures = json.loads((tmp_path / "run" / "compare.json").read_text())
+    rows = figures["1"]
     assert {"MAP", "temperature scaling", "MC dropout", "deep ensemble", "lightning-ella"} < set(rows)
     assert rows["ELLA as in the paper"]["corrupted"]["nll"] > 0
     assert set(rows["lightning-ella, by novelty"]["foreign"]) == set(rows["MAP"]["foreign"])
-    assert rows["lightning-ella"]["NLL over ours"]["test"] == [0, 0]
+    assert figures["NLL over ours"]["test"]["lightning-ella"] == [0, 0]
+    low, high = figures["NLL over ours"]["corrupted"]["MAP"]
+    assert low < high
     for words in ("AURC", "FPR95 photographs", "±"):
         assert words in printed
     for name in ("reliability", "shift", "risk_coverage"):
