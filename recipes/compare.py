@@ -246,16 +246,15 @@ def losses_of(probs: dict[str, dict[str, Tensor]], sets: Sets, keys: list[str]) 
 def bootstrap(losses: list[dict[str, Tensor]], count: int) -> dict[str, list[float]]:
     """95 % interval of each method's NLL over ours, minus one, from its losses (n,) by seed.
 
-    Paired, and resampled over images and, where there are several, seeds (with what so few of them lack in variance).
+    Paired, and resampled over images and seeds; of few seeds it is too narrow, as any bootstrap of few.
     """
-    generator, m = torch.Generator().manual_seed(0), len(losses)
+    generator = torch.Generator().manual_seed(0)
     images = torch.randint(len(losses[0][OURS]), (count, len(losses[0][OURS])), generator=generator)
-    seeds = torch.randint(m, (count, m), generator=generator)
+    seeds = torch.randint(len(losses), (count, len(losses)), generator=generator)
 
     def resampled(name: str) -> Tensor:
-        by_seed = torch.stack([loss[name][images].mean(1) for loss in losses], 1)  # (count, m)
-        deviation = by_seed.gather(1, seeds).mean(1) - by_seed.mean(1)
-        return by_seed.mean(1) + deviation * (m / max(1, m - 1)) ** 0.5
+        by_seed = torch.stack([loss[name][images].mean(1) for loss in losses], 1)  # (count, seeds)
+        return by_seed.gather(1, seeds).mean(1)
 
     ours, quantiles = resampled(OURS), torch.tensor([0.025, 0.975], dtype=torch.float64)
     return {name: (resampled(name) / ours - 1).quantile(quantiles).tolist() for name in losses[0]}
