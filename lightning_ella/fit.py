@@ -200,7 +200,7 @@ def run(
             numbers = draw(count, len(held_out), generator)
             others = settings.temperature or 1.0
             if settings.top_outputs is not None and settings.temperature is None:
-                others = _temperature(linearization, visit(held_out, numbers, "temperature"), world)
+                others = _temperature(linearization, visit(held_out, numbers, "temperature"), likelihood, world)
             with world.together("the calibration points"):
                 seeds = world.share(torch.randint(2**62, (count,), generator=generator).tolist())
                 unseen = visit(held_out, numbers, "calibration")
@@ -358,12 +358,14 @@ def _completed(
     return likelihood.completed(world.sum(sums.expand(size).clone()))
 
 
-def _temperature(linearization: Linearization, batches: Iterable[Batch], world: World) -> float:
+def _temperature(linearization: Linearization, batches: Iterable[Batch], likelihood: Likelihood, world: World) -> float:
     """Of all outputs together the temperature with the lowest NLL, for those that are not kept."""
     total = torch.zeros(len(TEMPERATURES), dtype=torch.float64, device=linearization.device)
     with world.together("the temperature"):
-        for inputs, targets, *_ in batches:
-            total += sharpness(linearization.at_positions(linearization.logits(inputs)), targets.long())
+        for inputs, targets, *weights in batches:
+            outputs = linearization.at_positions(linearization.logits(inputs))
+            targets = checked(likelihood, outputs, targets, linearization.axis)
+            total += sharpness(outputs, targets, weights_of(likelihood, targets, *weights))
     return TEMPERATURES[int(world.sum(total).argmin())]
 
 

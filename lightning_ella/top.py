@@ -55,7 +55,8 @@ class Selection(NamedTuple):
         return torch.where(logs.isfinite() & (targets != IGNORED), logs, 0)
 
 
-def sharpness(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed −log p of the targets (*) at each of `TEMPERATURES`, from logits (*, C); −100 counts for nothing."""
-    flat, known = logits.flatten(0, -2), targets.flatten()
-    return torch.stack([cross_entropy(flat / t, known, ignore_index=IGNORED, reduction="sum") for t in TEMPERATURES])
+def sharpness(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Summed −log p of the targets (*), by their weights (*), at each of `TEMPERATURES`, from logits (*, C)."""
+    flat, known, weights = logits.flatten(0, -2), targets.flatten(), weights.flatten().to(logits)
+    losses = (cross_entropy(flat / t, known, ignore_index=IGNORED, reduction="none") for t in TEMPERATURES)
+    return torch.stack([weights @ loss for loss in losses])

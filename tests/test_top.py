@@ -5,6 +5,7 @@ import torch
 from conftest import Case, flat
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ella import ELLAPredictor, fit_ella
 from lightning_ella.top import Selection
@@ -79,12 +80,16 @@ def test_what_is_left_is_a_distribution_over_all_words(case: Case):
     assert (certain.labels(case.targets)[:, 0] == -100).all()
 
 
-def test_the_temperature_is_that_of_all_words_not_of_the_top_alone(case: Case):
+def test_the_temperature_is_that_of_all_words_that_count_not_of_the_top_alone(case: Case):
     case = Case(case.model, case.inputs.repeat(40, 1), case.targets)
     with torch.no_grad():
         case.model.out.weight.mul_(12)
     case.targets = torch.distributions.Categorical(logits=case.logits() / 3).sample()
-    predictor = fit_ella(case.model, case.loader(), case.loader(50), num_landmarks=30, rank=4, top_outputs=2)
+    sure, counts = case.logits().argmax(-1), torch.arange(1200) % 4 == 0  # the others have the weight 0
+    labels = torch.where(counts.unsqueeze(1), case.targets, sure)
+    unseen = DataLoader(TensorDataset(case.inputs, labels, counts.double()), batch_size=50)
+    options = {"num_landmarks": 30, "rank": 4, "top_outputs": 2, "unpack": tuple}
+    predictor = fit_ella(case.model, case.loader(), unseen, **options)
     nll = lambda t: -(case.logits() / t).log_softmax(-1).gather(-1, case.targets.unsqueeze(-1)).mean()  # noqa: E731
     best = min(float(nll(t)) for t in torch.linspace(1, 5, 41))
     assert best < 0.8 * nll(1.0)
