@@ -518,8 +518,9 @@ class Layerwise:
             whole = torch.stack([gradient.norm() for gradient in exact]).norm()
             rounding = 10 * torch.finfo(logits.dtype).eps * whole + 1e-12  # all there is of an attention's key bias
             for name, gradient in zip(self.network.names.values(), exact, strict=True):
-                error = (found[name][b, 0] - gradient.flatten()).norm()
-                if not error <= 1e-3 * gradient.norm() + rounding:
+                row = found[name][b, 0]
+                fits = row.numel() == gradient.numel()  # not where a layer is called without a batch
+                if not fits or not (row - gradient.flatten()).norm() <= 1e-3 * gradient.norm() + rounding:
                     agreeing.discard(name)
         return frozenset(agreeing)
 

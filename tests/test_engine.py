@@ -232,6 +232,29 @@ def test_rows_of_convolutions_in_float32_are_those_of_the_dense_jacobian(
     assert (rows - J[torch.arange(5), outputs]).norm() < 1e-5 * rows.norm()
 
 
+class Unbatched(nn.Module):
+    """A convolution that is called with one sample at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 3)
+        self.inner.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.stack([self.inner(image) for image in x]).tanh().mean((2, 3)))
+
+
+def test_a_convolution_without_a_batch_takes_the_slow_route():
+    torch.manual_seed(0)
+    model, x = Unbatched().double(), torch.randn(5, *IMAGE).double()
+    basis = {name: torch.randn(4, *p.shape).double() for name, p in model.named_parameters() if p.requires_grad}
+    with as_function(model):
+        _, features = Linearization(model, engine="layerwise").features(x, basis)
+    model.inner.weight.requires_grad_(True)
+    J = dense_jacobian(model, x)[..., model.inner.weight.numel() :]
+    torch.testing.assert_close(features, J @ flat(basis), rtol=1e-9, atol=1e-9)
+
+
 def test_common_layers_take_the_fast_route():
     for make, x in ((conv_batchnorm, torch.randn(3, 1, 8, 8).double()), (TinyViT, torch.randn(3, 1, 8, 8).double())):
         model = make().double()
