@@ -13,6 +13,8 @@ from torchmetrics.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
+from .predictions import entropy
+
 
 class _MeanScore(Metric):
     """The mean of a score of each sample."""
@@ -65,7 +67,7 @@ class Entropy(_MeanScore):
 
     def update(self, probs: Tensor, targets: Tensor | None = None) -> None:
         """Add a batch: probabilities (B, C)."""
-        self.total += torch.special.entr(probs.double()).sum()
+        self.total += entropy(probs.double()).sum()
         self.count += len(probs)
 
 
@@ -76,9 +78,8 @@ class MutualInformation(_MeanScore):
 
     def update(self, probs: Tensor, targets: Tensor | None = None) -> None:
         """Add a batch: probabilities (S, B, C) of S draws, as of `predictor.sample_functions(S)`."""
-        mean = probs.double().mean(0)
-        expected = torch.special.entr(probs.double()).sum(-1).mean(0)
-        self.total += (torch.special.entr(mean).sum(-1) - expected).sum()
+        draws = probs.double()
+        self.total += (entropy(draws.mean(0)) - entropy(draws).mean(0)).sum()
         self.count += probs.shape[1]
 
 

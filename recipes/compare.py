@@ -37,8 +37,8 @@ from tqdm import tqdm
 from lightning_ella import ELLAPredictor, fit_ella
 from lightning_ella.likelihoods import Classification
 from lightning_ella.plots import calibration_under_shift, reliability_diagram, risk_coverage
-from lightning_ella.posterior import SCALES, Posterior, calibrate
-from lightning_ella.predictions import Gaussian
+from lightning_ella.posterior import SCALES, Posterior, calibrate, minimise
+from lightning_ella.predictions import Gaussian, entropy
 
 BATCH = 16  # images that all methods see before the next: rivals share their Jacobians
 OURS = "lightning-ella"
@@ -164,20 +164,18 @@ def by_evidence(predictor: ELLAPredictor, task: Task) -> dict[str, float | None]
 
     That of the training points, from the sums over some of them.
     """
-    some, log_prior = predictor.evidence(task.part), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    some = predictor.evidence(task.part)
     count = len(task.train.dataset)  # type: ignore[arg-type] - it has a length
     scale = count / len(task.part.dataset)  # type: ignore[arg-type]
     sums = ("log_likelihood", "eigenvalues", "outside")
     evidence = replace(some, **{name: scale * getattr(some, name) for name in sums})
-    optimizer = torch.optim.LBFGS([log_prior], max_iter=100, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = -evidence(log_prior.exp()) / count
-        loss.backward()
-        return loss
+    def loss_and_gradient(log_prior: Tensor) -> tuple[Tensor, Tensor]:
+        log_prior = log_prior.detach().requires_grad_()
+        loss = -evidence(log_prior.exp().squeeze()) / count
+        return loss.detach(), torch.autograd.grad(loss, log_prior)[0]
 
-    optimizer.step(closure)  # type: ignore[arg-type] - a loss as a tensor is what it documents
+    log_prior = minimise(loss_and_gradient, torch.zeros(1, dtype=torch.float64))
     given: dict[str, float | None] = {"covariance_scale": 1.0, "residual_scale": NONE, "temperature": 1.0}
     return given | {"prior_variance": float(log_prior.exp())}
 
@@ -269,7 +267,7 @@ def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets,
     taken = times(predictions, module, sets["test"][0][:64])
     rows: dict[str, dict] = {}
     for name, found in probs.items():
-        entropies = {key: torch.special.entr(found[key]).sum(1) for key in found if key not in corrupted}
+        entropies = {key: entropy(found[key]) for key in found if key not in corrupted}
         clean, *shifted = (figures_of(found, sets, keys) for keys in (["test"], *by_severity))
         rows[name] = {
             "test": clean,

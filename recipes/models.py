@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H / stride, W / stride)."""
         out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        if self.new_channels:
+        if self.stride > 1 or self.new_channels:
             half = self.new_channels // 2
             x = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
         return (out + x).relu()
