@@ -117,15 +117,17 @@ class Convolved(OuterProducts):
     Args:
         layer: the convolution.
         inputs: of the layer, (B, in, H, W).
-        gradients: of its outputs, (B, S, out, H', W').
+        gradients: of its outputs, (B, G, S * o, T).
+        num_cotangents: S.
+        size: of its outputs, (H', W').
     """
 
-    def __init__(self, layer: nn.Conv2d, inputs: Tensor, gradients: Tensor):
-        self.layer, self.inputs, self.of_outputs, self.num_cotangents = layer, inputs, gradients, gradients.shape[1]
-        self.gradients = gradients.flatten(3).unflatten(2, (layer.groups, -1)).transpose(1, 2).flatten(2, 3)
+    def __init__(self, layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, num_cotangents: int, size: torch.Size):
+        self.layer, self.inputs, self.size = layer, inputs, size
+        self.gradients, self.num_cotangents = gradients, num_cotangents
 
     def __getitem__(self, samples: slice) -> "Convolved":
-        return Convolved(self.layer, self.inputs[samples], self.of_outputs[samples])
+        return Convolved(self.layer, self.inputs[samples], self.gradients[samples], self.num_cotangents, self.size)
 
     @property
     def response_cost(self) -> float:  # type: ignore[override]
@@ -148,7 +150,7 @@ class Convolved(OuterProducts):
             return super().dense()
         B, G, So, _ = self.gradients.shape
         images, size = padded(self.layer, self.inputs), (B * G * So, *self.layer.weight.shape[1:])
-        gradients = self.gradients.reshape(1, -1, *self.of_outputs.shape[3:])  # samples as groups of channels
+        gradients = self.gradients.reshape(1, -1, *self.size)  # samples as groups of channels
         images = images.reshape(1, -1, *images.shape[2:])
         stride, dilation = self.layer.stride, self.layer.dilation
         weights = conv2d_weight(images, size, gradients, stride, 0, dilation, B * G)  # type: ignore[arg-type]
@@ -188,9 +190,11 @@ def by_token(gradients: Tensor, B: int, width: int) -> Tensor:
 
 def conv2d(layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
     """(B, in, H, W) to (B, out, H', W')."""
-    yield layer.weight, Convolved(layer, inputs, gradients)
+    g = gradients.flatten(3)  # (B, S, out, T)
+    grouped = g.unflatten(2, (layer.groups, -1)).transpose(1, 2).flatten(2, 3)  # (B, G, S * o, T)
+    yield layer.weight, Convolved(layer, inputs, grouped, gradients.shape[1], gradients.shape[3:])
     if layer.bias is not None:
-        yield layer.bias, Rows(gradients.flatten(3).sum(3))
+        yield layer.bias, Rows(g.sum(3))
 
 
 def padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
