@@ -212,12 +212,13 @@ def test_every_kind_of_layer_gives_the_dense_jacobian(name: str, engine: str, ra
 
 
 @pytest.mark.parametrize("name", ["convolutions", "channels_last"])
-@pytest.mark.parametrize("most", [0, 2000, 2**22])  # windows; groups of some samples; of all
+@pytest.mark.parametrize("most", [0, 2000, 2**22])  # windows, a direction at a time; groups of some samples; of all
 def test_rows_of_convolutions_in_float32_are_those_of_the_dense_jacobian(
     name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ):
     torch.manual_seed(0)
-    monkeypatch.setattr(layerwise, "MAX_BYTES_IN_GROUPS", most)
+    for name_of_limit in ("MAX_BYTES_IN_GROUPS", "MAX_BYTES_OF_BASIS"):
+        monkeypatch.setattr(layerwise, name_of_limit, most)
     make, inputs = NETWORKS[name]
     model, x = make().eval(), inputs()
     basis = {name: torch.randn(23, *p.shape) for name, p in model.named_parameters()}
@@ -226,6 +227,7 @@ def test_rows_of_convolutions_in_float32_are_those_of_the_dense_jacobian(
         _, features = linearization.features(x, basis)
         outputs = torch.arange(5) % 3
         rows = torch.cat([torch.cat(list(c.values()), 1) for c in linearization.gradients(x, outputs)])
+        assert linearization.layerwise.by_rule(x) == basis.keys()  # else a slower route would hide what is wrong
     J = dense_jacobian(model.double(), x.double())
     expected = J @ flat({name: part.double() for name, part in basis.items()})
     assert (features - expected).norm() < 1e-5 * expected.norm()
