@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .distributed import World
-from .engine import give_back
+from .memory import give_back
 
 log = logging.getLogger(__name__)
 

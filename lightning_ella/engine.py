@@ -5,12 +5,10 @@ and a budget fix the result to the last bit. To add an engine, write a class wit
 in `ENGINES` and `_engine`.
 """
 
-import ctypes
 import logging
 import operator
-import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +33,7 @@ from .linearize import (
     slices,
     version,
 )
+from .memory import free_memory, keeping_pages
 from .top import Selection
 
 log = logging.getLogger(__name__)
@@ -43,9 +42,10 @@ ENGINES = ("auto", "forward", "layerwise")
 PRECISIONS = ("full", "bf16")
 TANGENTS = 20  # that go through the network at a time
 MAX_SAMPLES = 64
-# Bytes of activations that are worked on at a time. More is slower on a CPU, whose caches are small: on ResNet-20,
-# 16 samples x 20 tangents take half the time a sample of 500 x 20. A GPU wants more work at a time. Untested there.
-FORWARD_WORK = {"cpu": 2**25, "cuda": 2**31}  # largest activation x samples x tangents
+# Bytes of activations that are worked on at a time. On a CPU, whose caches are small, 500 samples x 20 tangents on
+# ResNet-20 take a third more time a sample than 100 x 20; on ResNet-18 at 224 x 224, where 20 tangents of the weights
+# are read for each chunk, one sample a tenth more than two. A GPU wants more work at a time. Untested there.
+FORWARD_WORK = {"cpu": 2**27, "cuda": 2**31}  # largest activation x samples x tangents
 REVERSE_WORK = {"cpu": 2**29, "cuda": 2**31}  # all activations x samples x (1 + cotangents)
 
 
@@ -142,7 +142,7 @@ class Linearization:
         engine = self._engine(inputs, basis)
         folding, tangents = self._fold(inputs, basis)
         logits, features = [], []
-        with self.layerwise.reusing_buffers():
+        with keeping_pages(self.device):
             for part in slices(num_samples(inputs), self._samples_for_features(inputs, engine)):
                 chunk = rows(inputs, part)
                 with self._autocast(engine):
@@ -177,7 +177,7 @@ class Linearization:
             outputs = self.at_positions(self.logits(sample))
             selection = Selection.of(outputs, top, temperature)
             reduce = lambda _, products, selection=selection: selection.products(self.at_positions(products))  # noqa: E731
-            with self._autocast(engine):
+            with keeping_pages(self.device), self._autocast(engine):
                 _, products = engine.features(sample, tangents, folding, reduce)
             within = selection.indices if targets is None else selection.log_prob_within(targets[i : i + 1])
             found.append((selection.logits(outputs), products.to(outputs.dtype), selection.indices, within))
@@ -189,7 +189,8 @@ class Linearization:
         for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1, hold_rows=True)):
             # Sequences of other lengths have other numbers of outputs.
             chosen = lambda f, part=part: nn.functional.one_hot(outputs[part] % f.shape[1], f.shape[1]).unsqueeze(1)  # noqa: E731
-            gradients = self.layerwise.rows(rows(inputs, part), chosen)
+            with keeping_pages(self.device):
+                gradients = self.layerwise.rows(rows(inputs, part), chosen)
             yield {name: gradients.pop(name).squeeze(1) for name in self.parameters}
 
     def projections(
@@ -203,7 +204,8 @@ class Linearization:
         logits, projections = [], []
         for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1)):
             single: Cotangents = lambda outputs, part=part: cotangents(outputs, part).unsqueeze(1)  # noqa: E731
-            outputs, products = self.layerwise.products(rows(inputs, part), single, tangents, folding)
+            with keeping_pages(self.device):
+                outputs, products = self.layerwise.products(rows(inputs, part), single, tangents, folding)
             logits.append(outputs)
             projections.append(products.squeeze(1))
         return check_finite(torch.cat(logits)), torch.cat(projections)
@@ -308,21 +310,3 @@ class Linearization:
 def cheaper(choice: str, num_outputs: int, rank: int) -> str:
     """The engine chosen, or for "auto" the one of fewer products: a tangent costs about what a cotangent does."""
     return choice if choice != "auto" else "layerwise" if num_outputs <= rank else "forward"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on `device`. Untested on GPUs."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":") for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def give_back() -> None:
-    """Return freed memory to the system between the steps of a fit; else glibc's heap keeps what each step needed."""
-    with suppress(OSError, TypeError, AttributeError):  # another system, another C library
-        ctypes.CDLL(None).malloc_trim(0)

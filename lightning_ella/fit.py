@@ -20,10 +20,11 @@ from .basis import nystrom_basis, sketch_numbers
 from .curvature import curvature
 from .data import Batch, Points, Unpack, draw, inputs_and_targets, seeded
 from .distributed import World
-from .engine import Linearization, cheaper, free_memory, give_back
+from .engine import Linearization, cheaper
 from .landmarks import LANDMARKS, Landmarks
 from .likelihoods import LIKELIHOODS, Likelihood
 from .linearize import Basis, Forward, Parameters, as_function, call, chosen_names, num_samples
+from .memory import free_memory, give_back
 from .observations import Observations, checked, observations, weights_of
 from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
 from .predictions import Gaussian

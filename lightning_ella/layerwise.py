@@ -10,7 +10,7 @@ B samples, S cotangents each (S = C for all of J), T positions or tokens, K colu
 import logging
 import operator
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -268,14 +268,8 @@ class Call:
     length: int  # of the output's first axis
 
 
-Buffers = dict[tuple[int, torch.dtype], Tensor]  # by target
-
-
-def pull_back(logits: Tensor, targets: list, cotangents: Tensor, buffers: Buffers) -> list[Tensor | None]:
-    """Gradients (n, S, *) of each target (n, *) for cotangents (B, S, C); None where the logits do not depend on it.
-
-    They are views of `buffers`, which grow as needed.
-    """
+def pull_back(logits: Tensor, targets: list, cotangents: Tensor) -> list[Tensor | None]:
+    """Gradients (n, S, *) of each target (n, *) for cotangents (B, S, C); None where the logits do not depend on it."""
     S = cotangents.shape[1]
     stacked: list[Tensor | None] = [None] * len(targets)
     for s, v in enumerate(cotangents.unbind(1) if targets else ()):
@@ -285,11 +279,7 @@ def pull_back(logits: Tensor, targets: list, cotangents: Tensor, buffers: Buffer
         for i, gradient in enumerate(found):
             if gradient is not None:
                 if stacked[i] is None:
-                    shape = len(gradient), S, *gradient.shape[1:]
-                    buffer = buffers.get((i, gradient.dtype))
-                    if buffer is None or buffer.numel() < S * gradient.numel():
-                        buffer = buffers[i, gradient.dtype] = gradient.new_empty(S * gradient.numel())
-                    stacked[i] = buffer[: S * gradient.numel()].view(shape)
+                    stacked[i] = gradient.new_empty(len(gradient), S, *gradient.shape[1:])
                 stacked[i][:, s] = gradient  # type: ignore[index] - not None by now
     return stacked
 
@@ -316,7 +306,6 @@ class Layerwise:
         self._loop = False
         self._subclasses = True  # whether the rules are for subclasses of their layers, too
         self._lengths: set[tuple[nn.Module, Fraction]] | None = None  # of each layer's output, in samples
-        self._buffers: Buffers | None = None
 
     def products(
         self, inputs: Inputs, cotangents: Cotangents, basis: Basis, folding: Folding = UNFOLDED
@@ -338,15 +327,6 @@ class Layerwise:
             C = logits.shape[1]
         products = torch.cat(found, 1) if len(found) > 1 else found[0]
         return logits, products if reduce is None else reduce(logits, products)  # type: ignore[possibly-undefined]
-
-    @contextmanager
-    def reusing_buffers(self) -> Iterator[None]:
-        """Keep the memory of one chunk's gradients for the next: on a CPU, fresh pages take an eighth of the time."""
-        self._buffers = {}
-        try:
-            yield
-        finally:
-            self._buffers = None
 
     def rows(self, inputs: Inputs, cotangents: Cotangents) -> dict[str, Tensor]:
         """Cotangents times J: parameter name -> (B, S, p)."""
@@ -413,10 +393,9 @@ class Layerwise:
     def _backward(
         self, inputs: Inputs, logits: Tensor, calls: list[Call], expanded: dict[str, Tensor], cotangents: Tensor
     ) -> Iterator[tuple[str, Rows]]:
-        buffers = {} if self._buffers is None else self._buffers
-        gradients_of = pull_back(logits, [call.output for call in calls] + list(expanded.values()), cotangents, buffers)
+        gradients_of = pull_back(logits, [call.output for call in calls] + list(expanded.values()), cotangents)
         B = len(logits)
-        del logits, buffers
+        del logits
         for name in reversed(expanded):
             if (gradients := gradients_of.pop()) is not None:
                 yield name, Rows(gradients)

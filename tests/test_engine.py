@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ella import fit_ella, layerwise
-from lightning_ella.engine import Linearization, free_memory
+from lightning_ella.engine import Linearization
 from lightning_ella.linearize import as_function
 
 IMAGE = (3, 8, 8)
@@ -349,10 +349,6 @@ def test_chunks_shrink_with_the_memory_budget():
     with as_function(case.model):
         sizes = [Linearization(case.model, memory_budget=b)._samples(case.inputs, 3) for b in (10**4, 10**5, 10**9)]
     assert sizes[0] < sizes[1] < sizes[2] == 64
-
-
-def test_some_memory_is_free():
-    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
 
 
 class SeparateKeys(nn.Module):

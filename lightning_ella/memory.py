@@ -1,0 +1,55 @@
+"""What is free, and what the C library does with memory that is no longer used."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+TUNED = {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+UNKNOWN = (OSError, TypeError, AttributeError)  # another system, another C library
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`. Untested on GPUs."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def give_back() -> None:
+    """Return freed memory to the system between the steps of a fit; else glibc's heap keeps what each step needed."""
+    with suppress(*UNKNOWN):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def keeping_pages(device: torch.device) -> Iterator[None]:
+    """Let glibc use freed memory again, however large the piece, instead of asking the system for fresh pages.
+
+    Fresh pages for every large activation took up to two fifths of the time of features (ResNet-18 at 224 x 224).
+    Afterwards large pieces are mapped and unmapped as in a process that has freed one before. Whoever has set the
+    allocator by the environment keeps these settings; on GPUs there is nothing to do.
+    """
+    if device.type != "cpu" or TUNED & os.environ.keys():
+        yield
+        return
+    with suppress(*UNKNOWN):
+        _set({MMAP_MAX: 0, TRIM_THRESHOLD: -1})
+    try:
+        yield
+    finally:
+        with suppress(*UNKNOWN):
+            _set({MMAP_MAX: 2**16, MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26})
+
+
+def _set(options: dict[int, int]) -> None:
+    for option, value in options.items():
+        ctypes.CDLL(None).mallopt(option, value)
