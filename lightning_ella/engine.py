@@ -42,10 +42,9 @@ ENGINES = ("auto", "forward", "layerwise")
 PRECISIONS = ("full", "bf16")
 TANGENTS = 20  # that go through the network at a time
 MAX_SAMPLES = 64
-# Bytes of activations that are worked on at a time. On a CPU, whose caches are small, 500 samples x 20 tangents on
-# ResNet-20 take a third more time a sample than 100 x 20; on ResNet-18 at 224 x 224, where 20 tangents of the weights
-# are read for each chunk, one sample a tenth more than two. A GPU wants more work at a time. Untested there.
-FORWARD_WORK = {"cpu": 2**27, "cuda": 2**31}  # largest activation x samples x tangents
+# Bytes of activations that are worked on at a time. More is slower on a CPU, whose caches are small: on ResNet-20,
+# 500 samples x 20 tangents take a third more time a sample than 16 x 20. A GPU wants more at a time. Untested there.
+FORWARD_WORK = {"cpu": 2**25, "cuda": 2**31}  # largest activation x samples x tangents
 REVERSE_WORK = {"cpu": 2**29, "cuda": 2**31}  # all activations x samples x (1 + cotangents)
 
 
@@ -284,7 +283,8 @@ class Linearization:
         sizes = self.sizes(inputs)
         if isinstance(engine, Layerwise):
             return self._samples(inputs, min(sizes.num_outputs, MAX_COTANGENTS), halved=self.precision == "bf16")
-        return self._fitting(FORWARD_WORK, sizes.largest * engine.tangents_per_chunk)
+        # For each chunk the tangents of all weights are read, and reordered: two samples share that.
+        return self._fitting(FORWARD_WORK, sizes.largest * engine.tangents_per_chunk, least=2)
 
     def _samples(self, inputs: Inputs, cotangents: int, *, hold_rows: bool = False, halved: bool = False) -> int:
         """Samples at a time in reverse mode; rows of J that are held, and a copy of them, take memory too."""
@@ -294,10 +294,11 @@ class Linearization:
             one += 2 * sum(parameter.nbytes for parameter in self.network.names)
         return self._fitting(REVERSE_WORK, one)
 
-    def _fitting(self, work: dict[str, int], one: int) -> int:
+    def _fitting(self, work: dict[str, int], one: int, least: int = 1) -> int:
+        """Samples at a time, `least` even beyond the working set, but never beyond the budget."""
         if self.samples_per_chunk is not None:
             return self.samples_per_chunk
-        working_set = min(work.get(self.device.type, work["cpu"]), self.memory_budget // 4)
+        working_set = min(max(work.get(self.device.type, work["cpu"]), least * one), self.memory_budget // 4)
         return min(MAX_SAMPLES, max(1, working_set // one))
 
     def _autocast(self, engine: ForwardMode | Layerwise) -> AbstractContextManager:

@@ -293,7 +293,7 @@ def formula(config: DictConfig, bench: Bench) -> int:
     d = P if held else min(16 * M, budget // (4 * M * b))
     working_set = min(2**29, budget // 4)
     r = max(1, min(64, working_set // (2 * (P * b + a))))
-    s = max(1, 2**27 // (20 * largest))
+    s = max(2, 2**25 // (20 * largest))
     chunk = r * (2 * P * b + a)
     tangents = K * folded * b if K * folded * b <= budget // 4 else 0
     work = working_set if C <= K else 20 * (4 * s * largest + 2 * max(sizes) * b)
