@@ -296,7 +296,7 @@ def formula(config: DictConfig, bench: Bench) -> int:
     s = max(2, 2**25 // (20 * largest))
     chunk = r * (2 * P * b + a)
     tangents = K * folded * b if K * folded * b <= budget // 4 else 0
-    work = working_set if C <= K else 20 * (4 * s * largest + 2 * max(sizes) * b)
+    work = working_set if C <= K else 20 * (6 * s * largest + 2 * max(sizes) * b)
     gradients = M * d * b + max(chunk, 24 * M**2)
     combination = K * P * b + chunk + (M * P * b if held else 0)
     return max(gradients, combination, K * P * b + tangents + work)
