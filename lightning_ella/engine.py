@@ -44,7 +44,7 @@ TANGENTS = 20  # that go through the network at a time
 MAX_SAMPLES = 64
 # Bytes of activations that are worked on at a time. More is slower on a CPU, whose caches are small: on ResNet-20,
 # 500 samples x 20 tangents take a third more time a sample than 16 x 20. A GPU wants more at a time. Untested there.
-FORWARD_WORK = {"cpu": 2**25, "cuda": 2**31}  # largest activation x samples x tangents
+FORWARD_WORK = {"cpu": 2**26, "cuda": 2**32}  # largest activation, and a copy, x samples x tangents
 REVERSE_WORK = {"cpu": 2**29, "cuda": 2**31}  # all activations x samples x (1 + cotangents)
 
 
@@ -284,7 +284,7 @@ class Linearization:
         if isinstance(engine, Layerwise):
             return self._samples(inputs, min(sizes.num_outputs, MAX_COTANGENTS), halved=self.precision == "bf16")
         # For each chunk the tangents of all weights are read, and reordered: two samples share that.
-        return self._fitting(FORWARD_WORK, sizes.largest * engine.tangents_per_chunk, least=2)
+        return self._fitting(FORWARD_WORK, 2 * sizes.largest * engine.tangents_per_chunk, least=2)
 
     def _samples(self, inputs: Inputs, cotangents: int, *, hold_rows: bool = False, halved: bool = False) -> int:
         """Samples at a time in reverse mode; rows of J that are held, and a copy of them, take memory too."""
@@ -295,7 +295,7 @@ class Linearization:
         return self._fitting(REVERSE_WORK, one)
 
     def _fitting(self, work: dict[str, int], one: int, least: int = 1) -> int:
-        """Samples at a time, `least` even beyond the working set, but never beyond the budget."""
+        """Samples at a time: `least` even beyond the working set, but within the budget if it has a place for one."""
         if self.samples_per_chunk is not None:
             return self.samples_per_chunk
         working_set = min(max(work.get(self.device.type, work["cpu"]), least * one), self.memory_budget // 4)

@@ -176,11 +176,13 @@ def run(
         basis = stages.do("basis", world, generator, linearization.device, make_basis)
         eigenvalues = basis.pop("eigenvalues")
         basis = {name.removeprefix("basis."): tangents for name, tangents in basis.items()}
+        give_back()
         if not likelihood.is_complete:
             points, what = (train, "noise of training points") if held_out is None else (held_out, "noise")
             numbers = draw(settings.num_calibration, len(points), torch.Generator().manual_seed(settings.seed))
             likelihood = _completed(likelihood, linearization, visit(points, numbers, what), world)
         hessian = stages.do("curvature", world, generator, linearization.device, make_curvature)["curvature"]
+        give_back()
         rank = len(eigenvalues)
         hessian, outside = hessian[:rank, :rank], hessian.diagonal()[rank:].sum()
         with world.together("the probes"):
@@ -208,6 +210,7 @@ def run(
                 most, top = max(1, ROWS // count), settings.top_outputs
                 unseen = _cached(linearization, unseen, basis, example, likelihood, most, seeds, top, others)
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, world)
+            del unseen
         likelihood, temperature = likelihood.settled(posterior.temperature)
         if posterior.softened:
             hessian = hessian / posterior.temperature
@@ -223,6 +226,7 @@ def run(
                 settings=asdict(settings) | {"residual": probes} | likelihood.stored(),
                 origin=origin,
             )
+    give_back()
     figures |= {
         **{f"ella/{name}": float(getattr(posterior, name)) for name in SCALES},
         "ella/seconds": time.perf_counter() - started,
@@ -336,7 +340,6 @@ def _basis(
         seed=settings.seed,
         world=world,
     )
-    give_back()
     basis = {}
     for name, parameter in parameters.items():
         part = vectors.pop(name).reshape(-1, *parameter.shape)
