@@ -34,7 +34,7 @@ def give_back() -> None:
 def keeping_pages(device: torch.device) -> Iterator[None]:
     """Let glibc use freed memory again, however large the piece, instead of asking the system for fresh pages.
 
-    Fresh pages for every large activation may take a quarter of the time of features (ResNet-18 at 224 x 224). In threads
+    Fresh pages for every large activation may take a quarter of the time of features (ResNet-18, 224 x 224). In threads
     other than the main one, pieces beyond 64 MB still get them. What was kept is used again by later calls, or
     returned by `give_back`; from then on the process maps and trims as after it has freed a piece of 32 MB, which is as
     far as glibc's own rule goes. On GPUs, and where the environment sets these options, nothing is done.
