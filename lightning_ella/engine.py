@@ -171,15 +171,16 @@ class Linearization:
         engine = self._engine(inputs, basis)
         folding, tangents = self._fold(inputs, basis)
         found = []
-        for i in range(num_samples(inputs)):
-            sample = rows(inputs, slice(i, i + 1))
-            outputs = self.at_positions(self.logits(sample))
-            selection = Selection.of(outputs, top, temperature)
-            reduce = lambda _, products, selection=selection: selection.products(self.at_positions(products))  # noqa: E731
-            with keeping_pages(self.device), self._autocast(engine):
-                _, products = engine.features(sample, tangents, folding, reduce)
-            within = selection.indices if targets is None else selection.log_prob_within(targets[i : i + 1])
-            found.append((selection.logits(outputs), products.to(outputs.dtype), selection.indices, within))
+        with keeping_pages(self.device):
+            for i in range(num_samples(inputs)):
+                sample = rows(inputs, slice(i, i + 1))
+                outputs = self.at_positions(self.logits(sample))
+                selection = Selection.of(outputs, top, temperature)
+                reduce = lambda _, products, selection=selection: selection.products(self.at_positions(products))  # noqa: E731
+                with self._autocast(engine):
+                    _, products = engine.features(sample, tangents, folding, reduce)
+                within = selection.indices if targets is None else selection.log_prob_within(targets[i : i + 1])
+                found.append((selection.logits(outputs), products.to(outputs.dtype), selection.indices, within))
         logits, features, indices, within = (torch.cat(part) for part in zip(*found, strict=True))
         return logits, features, Selection(indices, within)
 
@@ -201,12 +202,12 @@ class Linearization:
         """
         folding, tangents = self._fold(inputs, basis)
         logits, projections = [], []
-        for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1)):
-            single: Cotangents = lambda outputs, part=part: cotangents(outputs, part).unsqueeze(1)  # noqa: E731
-            with keeping_pages(self.device):
+        with keeping_pages(self.device):
+            for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1)):
+                single: Cotangents = lambda outputs, part=part: cotangents(outputs, part).unsqueeze(1)  # noqa: E731
                 outputs, products = self.layerwise.products(rows(inputs, part), single, tangents, folding)
-            logits.append(outputs)
-            projections.append(products.squeeze(1))
+                logits.append(outputs)
+                projections.append(products.squeeze(1))
         return check_finite(torch.cat(logits)), torch.cat(projections)
 
     def sizes(self, inputs: Inputs) -> Sizes:
