@@ -11,7 +11,7 @@ from conftest import TinyViT, conv_batchnorm, flat, make_case
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_ella import fit_ella, layerwise
+from lightning_ella import fit_ella, rules
 from lightning_ella.engine import Linearization
 from lightning_ella.linearize import as_function
 
@@ -218,7 +218,7 @@ def test_rows_of_convolutions_in_float32_are_those_of_the_dense_jacobian(
 ):
     torch.manual_seed(0)
     for name_of_limit in ("MAX_BYTES_IN_GROUPS", "MAX_BYTES_OF_BASIS"):
-        monkeypatch.setattr(layerwise, name_of_limit, most)
+        monkeypatch.setattr(rules, name_of_limit, most)
     make, inputs = NETWORKS[name]
     model, x = make().eval(), inputs()
     basis = {name: torch.randn(23, *p.shape) for name, p in model.named_parameters()}
