@@ -2,16 +2,15 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import SUPPORTED_NODES, register_pytree_node, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -23,27 +22,9 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-Inputs = Any
-# A batch to (inputs, targets), or (inputs, targets, weights): a weight for each sample, or each position of it.
-Unpack = Callable[[Any], tuple[Inputs, Tensor] | tuple[Inputs, Tensor, Tensor]]
+from .batches import Batch, Inputs, Unpack, as_tree, describe, inputs_and_targets, plain
 
-
-class Batch(NamedTuple):
-    """What the package takes from one batch of a loader."""
-
-    inputs: Inputs
-    targets: Tensor
-    weights: Tensor | None = None
-
-
-def inputs_and_targets(batch: Any) -> tuple[Inputs, Tensor]:
-    """Unpack a batch `(x, y)`; anything else needs the `unpack` setting."""
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        return batch[0], batch[1]
-    raise TypeError(
-        f"ELLA expects batches (x, y) with a tensor y, but the loader gives {_describe(batch)}: "
-        "pass unpack=lambda batch: (inputs, targets), or (inputs, targets, weights)."
-    )
+__all__ = ["Batch", "Inputs", "Points", "Unpack", "as_tree", "draw", "inputs_and_targets", "seeded"]
 
 
 class Points:
@@ -60,7 +41,7 @@ class Points:
     def __init__(self, loader: DataLoader, unpack: Unpack = inputs_and_targets):
         if not isinstance(loader, DataLoader):
             raise TypeError(
-                f"ELLA needs one torch DataLoader, not {_describe(loader)}: pass train_loader= or calibration_loader=."
+                f"ELLA needs one torch DataLoader, not {describe(loader)}: pass train_loader= or calibration_loader=."
             )
         if isinstance(loader.dataset, IterableDataset):
             raise TypeError(
@@ -79,7 +60,7 @@ class Points:
         """Yield inputs, targets and weights on `device` for the points `numbers`, in that order."""
         chosen = Subset(self.loader.dataset, [self.indices[i] for i in numbers])
         for batch in _like(self.loader, chosen):
-            yield tree_map(lambda leaf: _to(leaf, device), Batch(*as_tree(self.unpack(batch))))
+            yield plain(Batch(*self.unpack(batch)), device)
 
     def labels(self, numbers: Sequence[int]) -> Tensor:
         """Targets of the points `numbers`, read from the dataset only where it has no `.targets`."""
@@ -106,41 +87,6 @@ class Points:
         )
         pairs = [(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, Tensor)]
         return all(a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)  # NaN, too
-
-
-def as_tree(value: Any) -> Any:
-    """Return `value`, after making torch's pytrees know the dataclasses and mappings in it, at any depth."""
-    kind = type(value)
-    if kind not in SUPPORTED_NODES:
-        if isinstance(value, Mapping):  # as a BatchEncoding of Hugging Face
-            register_pytree_node(
-                kind,
-                lambda mapping: (list(mapping.values()), list(mapping)),
-                lambda values, keys: kind(dict(zip(keys, values, strict=True))),  # type: ignore[call-arg]
-            )
-        elif is_dataclass(value):
-            register_pytree_node(
-                kind,
-                lambda parts: ([getattr(parts, field.name) for field in fields(parts)], None),
-                lambda values, _: _dataclass_of(kind, values),
-            )
-    if isinstance(value, Mapping):
-        children = value.values()
-    elif is_dataclass(value):
-        children = [getattr(value, field.name) for field in fields(value)]
-    else:
-        children = value if isinstance(value, list | tuple) else ()
-    for child in children:
-        as_tree(child)
-    return value
-
-
-def _dataclass_of(kind: Any, values: Iterable[Any]) -> Any:
-    """Make a dataclass without calling its constructor, which might refuse what transformations put in."""
-    made = object.__new__(kind)
-    for field, value in zip(fields(kind), values, strict=True):
-        object.__setattr__(made, field.name, value)
-    return made
 
 
 def draw(count: int | None, total: int, generator: torch.Generator) -> list[int]:
@@ -219,13 +165,3 @@ def _known_targets(dataset: Any) -> Tensor | None:
             return None
         return labels if labels.ndim == 1 else None
     return None
-
-
-def _to(leaf: Any, device: torch.device | str) -> Any:
-    return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"

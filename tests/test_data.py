@@ -113,7 +113,7 @@ class Stream(IterableDataset):
     ("loader", "error", "message"),
     [
         (DataLoader(Stream()), TypeError, "IterableDataset .* map-style"),
-        ([DataLoader(DATA)], TypeError, "a list of 1: pass train_loader="),
+        ([DataLoader(DATA)], TypeError, r"a list \(DataLoader\): pass train_loader="),
         (DataLoader(DATA, batch_size=None), ValueError, "batch_size="),
     ],
 )
@@ -123,10 +123,10 @@ def test_unusable_loaders_are_refused(loader: DataLoader, error: type[Exception]
 
 
 def test_other_batches_ask_for_unpack():
-    loader = DataLoader([{"x": torch.zeros(1), "y": 0}], 1)
-    with pytest.raises(TypeError, match="a dict: pass unpack="):
+    loader = DataLoader([{"a": torch.zeros(1), "b": 0}], 1)
+    with pytest.raises(TypeError, match="a dict with 'a', 'b': pass unpack="):
         visited(Points(loader))
-    assert visited(Points(loader, lambda batch: (batch["x"], batch["y"]))) == [0]
+    assert visited(Points(loader, lambda batch: (batch["a"], batch["b"]))) == [0]
 
 
 def test_draws_are_without_replacement():
