@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .data import Batch
+from .batches import Batch, slices
 from .distributed import World
 from .engine import Linearization
 from .likelihoods import Likelihood
-from .linearize import Basis, slices
+from .linearize import Basis
 from .observations import checked, observations, weights_of
 from .predictions import shaped
 

@@ -10,31 +10,21 @@ import operator
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .data import Inputs
-from .folding import UNFOLDED, Folding, find_folding
-from .forward_mode import ForwardMode
+from .batches import Inputs, Picked, call, num_samples, rows, slices
+from .folding import UNFOLDED, Folding, StaleError, find_folding
+from .forward_mode import ForwardMode, Reduce
 from .layerwise import MAX_COTANGENTS, Cotangents, Layerwise
-from .linearize import (
-    Basis,
-    Forward,
-    Network,
-    call,
-    channel_axis,
-    check_finite,
-    hooked,
-    num_samples,
-    rows,
-    slices,
-    version,
-)
+from .linearize import Basis, Forward, Network, channel_axis, check_finite, hooked, version
 from .memory import free_memory, keeping_pages
 from .top import Selection
+from .view import Cast
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +50,7 @@ class Sizes:
 class Linearization:
     """First-order view of a network around its weights, over the parameters with `requires_grad`, or over `names`.
 
-    Use it inside `as_function(model, names)`.
+    Use it inside `as_function()`, in one thread at a time.
 
     Args:
         model: the network; `forward(model, inputs)` must give (B, C) outputs, each row of its own input alone.
@@ -72,6 +62,7 @@ class Linearization:
         tangents_per_chunk: tangents that go through it at a time; None chooses.
         memory_budget: bytes that may be used beyond the network and the basis; None takes a quarter of what is free.
         channels: where outputs of several positions have their C: "first", "last" or "auto".
+        cast: what becomes of each of the network's tensors.
 
     Raises:
         ValueError: if there is no such parameter.
@@ -89,9 +80,10 @@ class Linearization:
         tangents_per_chunk: int | None = None,
         memory_budget: int | None = None,
         channels: str = "auto",
+        cast: Cast = lambda _, value: value,
     ):
         self.channels = channels
-        self.network = Network(model, forward, names)
+        self.network = Network(model, forward, names, cast)
         self.choice, self.precision = engine, precision
         self.samples_per_chunk, self.tangents_per_chunk = samples_per_chunk, tangents_per_chunk
         self.memory_budget = memory_budget or free_memory(self.network.device) // 4
@@ -120,7 +112,8 @@ class Linearization:
         Raises:
             ValueError: if the output is not (B, …) or not finite.
         """
-        return check_finite(self.network(inputs))
+        self.network.settle(inputs)
+        return check_finite(self.network.own(inputs))
 
     @property
     def axis(self) -> int | None:
@@ -139,14 +132,13 @@ class Linearization:
     def features(self, inputs: Inputs, basis: Basis) -> tuple[Tensor, Tensor]:
         """Outputs f(x), (B, C), and features Ψ(x) = J(x) V, (B, C, K)."""
         engine = self._engine(inputs, basis)
-        folding, tangents = self._fold(inputs, basis)
         logits, features = [], []
         with keeping_pages(self.device):
             for part in slices(num_samples(inputs), self._samples_for_features(inputs, engine)):
                 chunk = rows(inputs, part)
-                with self._autocast(engine):
-                    outputs, products = engine.features(chunk, tangents, folding)
-                logits.append(outputs if self.precision == "full" else self.network(chunk))
+                outputs, products = self._differentiated(chunk, basis)
+                asked_again = self.precision != "full" or self.network.takes_shortcuts
+                logits.append(self.network.own(chunk) if asked_again else outputs)
                 features.append(products.to(logits[-1].dtype))
         return check_finite(torch.cat(logits)), torch.cat(features)
 
@@ -168,8 +160,6 @@ class Linearization:
         if top is None:
             logits, features = map(self.at_positions, self.features(inputs, basis))
             return logits, features, None
-        engine = self._engine(inputs, basis)
-        folding, tangents = self._fold(inputs, basis)
         found = []
         with keeping_pages(self.device):
             for i in range(num_samples(inputs)):
@@ -177,8 +167,7 @@ class Linearization:
                 outputs = self.at_positions(self.logits(sample))
                 selection = Selection.of(outputs, top, temperature)
                 reduce = lambda _, products, selection=selection: selection.products(self.at_positions(products))  # noqa: E731
-                with self._autocast(engine):
-                    _, products = engine.features(sample, tangents, folding, reduce)
+                _, products = self._differentiated(sample, basis, reduce)
                 within = selection.indices if targets is None else selection.log_prob_within(targets[i : i + 1])
                 found.append((selection.logits(outputs), products.to(outputs.dtype), selection.indices, within))
         logits, features, indices, within = (torch.cat(part) for part in zip(*found, strict=True))
@@ -200,12 +189,13 @@ class Linearization:
 
         v = `cotangents(outputs, part)`, (b, C), is asked for some of the samples at a time.
         """
-        folding, tangents = self._fold(inputs, basis)
         logits, projections = [], []
         with keeping_pages(self.device):
             for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1)):
                 single: Cotangents = lambda outputs, part=part: cotangents(outputs, part).unsqueeze(1)  # noqa: E731
-                outputs, products = self.layerwise.products(rows(inputs, part), single, tangents, folding)
+                chunk = rows(inputs, part)
+                products_with = partial(self.layerwise.products, chunk, single)
+                outputs, products = self._folded_way(chunk, basis, products_with)
                 logits.append(outputs)
                 projections.append(products.squeeze(1))
         return check_finite(torch.cat(logits)), torch.cat(projections)
@@ -219,11 +209,40 @@ class Linearization:
                 produced.extend(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
             leaves = [module for module in self.network.model.modules() if not list(module.children())]
+            self.network.settle(inputs)
             with hooked(leaves, record):
-                logits = self.logits(rows(inputs, slice(0, 1)))
+                logits = check_finite(self.network(rows(inputs, slice(0, 1))))
             produced.append(logits.nbytes)
             self._sizes = Sizes(logits.shape[1], sum(produced), max(produced))
         return self._sizes
+
+    def _differentiated(self, chunk: Inputs, basis: Basis, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs and features of a few samples, by the engine for this rank."""
+        engine = self._engine(chunk, basis)
+
+        def features(tangents: Basis, folding: Folding) -> tuple[Tensor, Tensor]:
+            with self._autocast(engine):
+                return engine.features(chunk, tangents, folding, reduce)
+
+        try:
+            return self._folded_way(chunk, basis, features)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if engine is self.layerwise:
+                raise
+            # What forward mode has no rule for may come with the data.
+            self._take(len(next(iter(basis.values()))), self.layerwise, f"no forward mode: {_first_line(error)}")
+            return self._differentiated(chunk, basis, reduce)
+
+    def _folded_way(self, inputs: Inputs, basis: Basis, way: Callable[[Basis, Folding], Any]) -> Any:
+        """Go a way with folded tangents; without, for good, if these inputs leave the one that the folding is of."""
+        folding, tangents = self._fold(inputs, basis)
+        try:
+            return way(tangents, folding)
+        except StaleError:
+            self._folding = UNFOLDED
+            return way(basis, UNFOLDED)
 
     def _fold(self, inputs: Inputs, basis: Basis) -> tuple[Folding, Basis]:
         """Which BatchNorms to fold, and the tangents that go with it, if there is memory for them."""
@@ -246,7 +265,7 @@ class Linearization:
         """The engine for features of this rank; forward mode only if the network has all its rules."""
         rank, outputs = len(next(iter(basis.values()))), self.sizes(inputs).num_outputs
         if rank not in self._engines:
-            name = cheaper(self.choice, outputs, rank)
+            name = self.cheaper(inputs, rank)
             reason, engine = f"C = {outputs} outputs, {rank} directions", self.layerwise
             for dtype in dict.fromkeys((self._dtype, None)) if name == "forward" else ():
                 fitting = max(1, min(TANGENTS, self.memory_budget // 4 // self.sizes(inputs).largest))
@@ -255,14 +274,28 @@ class Linearization:
                     engine = forward
                     break
                 reason = f"no forward mode: {trouble}"
-            self._engines[rank] = engine
-            log.log(
-                logging.WARNING if name == "forward" == self.choice and engine is self.layerwise else logging.INFO,
-                "ELLA: features by %s mode (%s).",
-                "layerwise reverse" if engine is self.layerwise else "forward",
-                reason,
-            )
+            self._take(rank, engine, reason, warn=name == "forward" == self.choice and engine is self.layerwise)
         return self._engines[rank]
+
+    def _take(self, rank: int, engine: ForwardMode | Layerwise, reason: str, *, warn: bool = False) -> None:
+        self._engines[rank] = engine
+        log.log(
+            logging.WARNING if warn else logging.DEBUG if self.layerwise.quiet else logging.INFO,
+            "ELLA: features by %s mode (%s).",
+            "layerwise reverse" if engine is self.layerwise else "forward",
+            reason,
+        )
+
+    def cheaper(self, inputs: Inputs, rank: int) -> str:
+        """The engine chosen, or for "auto" the one of less work: a tangent costs about what a cotangent does.
+
+        A cotangent costs more where parameters have no rule, and their rows of J are written and multiplied.
+        """
+        if self.choice != "auto":
+            return self.choice
+        sizes, passes = self.sizes(inputs), 1 + self.layerwise.slowness(inputs)
+        rows_held = self.layerwise.bytes_held(inputs) / max(1, sizes.activations)
+        return "layerwise" if sizes.num_outputs * (passes + rows_held) <= rank else "forward"
 
     def _trouble(self, forward: ForwardMode, inputs: Inputs, basis: Basis) -> str | None:
         """Why forward mode cannot be used: a layer without a rule, or one whose rule is wrong under vmap."""
@@ -272,8 +305,8 @@ class Linearization:
             logits, features = forward.features(few, tangents)
         except torch.OutOfMemoryError:
             raise
-        except (NotImplementedError, RuntimeError) as error:
-            return str(error).splitlines()[0]
+        except Exception as error:
+            return _first_line(error)
         v = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(features)
         found = torch.einsum("bc,bck->bk", v, features)
         _, expected = self.layerwise.products(few, lambda _: v.unsqueeze(1), tangents)
@@ -282,6 +315,8 @@ class Linearization:
 
     def _samples_for_features(self, inputs: Inputs, engine: ForwardMode | Layerwise) -> int:
         sizes = self.sizes(inputs)
+        if isinstance(inputs, Picked):
+            return num_samples(inputs)  # they come together, whatever is asked of them
         if isinstance(engine, Layerwise):
             return self._samples(inputs, min(sizes.num_outputs, MAX_COTANGENTS), halved=self.precision == "bf16")
         # For each chunk the tangents of all weights are read, and reordered: two samples share that.
@@ -289,7 +324,7 @@ class Linearization:
 
     def _samples(self, inputs: Inputs, cotangents: int, *, hold_rows: bool = False, halved: bool = False) -> int:
         """Samples at a time in reverse mode; rows of J that are held, and a copy of them, take memory too."""
-        activations = self.sizes(inputs).activations // (2 if halved else 1)
+        activations = 0 if isinstance(inputs, Picked) else self.sizes(inputs).activations // (2 if halved else 1)
         one = activations * (1 + cotangents) + cotangents * self.layerwise.bytes_held(inputs)
         if hold_rows:
             one += 2 * sum(parameter.nbytes for parameter in self.network.names)
@@ -300,7 +335,7 @@ class Linearization:
         if self.samples_per_chunk is not None:
             return self.samples_per_chunk
         working_set = min(max(work.get(self.device.type, work["cpu"]), least * one), self.memory_budget // 4)
-        return min(MAX_SAMPLES, max(1, working_set // one))
+        return min(MAX_SAMPLES, max(1, working_set // max(1, one)))
 
     def _autocast(self, engine: ForwardMode | Layerwise) -> AbstractContextManager:
         """Reverse mode works under autocast; forward mode casts by itself."""
@@ -309,6 +344,5 @@ class Linearization:
         return torch.autocast(self.device.type, dtype=self._dtype)
 
 
-def cheaper(choice: str, num_outputs: int, rank: int) -> str:
-    """The engine chosen, or for "auto" the one of fewer products: a tangent costs about what a cotangent does."""
-    return choice if choice != "auto" else "layerwise" if num_outputs <= rank else "forward"
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

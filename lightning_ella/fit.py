@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,13 +18,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .basis import nystrom_basis, sketch_numbers
+from .batches import Batch, Picked, Unpack, call, inputs_and_targets, num_samples
 from .curvature import curvature
-from .data import Batch, Points, Unpack, draw, inputs_and_targets, seeded
+from .data import Points, draw, seeded
 from .distributed import World
-from .engine import Linearization, cheaper
+from .engine import Linearization
 from .landmarks import LANDMARKS, Landmarks
 from .likelihoods import LIKELIHOODS, Likelihood
-from .linearize import Basis, Forward, Parameters, as_function, call, chosen_names, num_samples
+from .linearize import Basis, Forward, Parameters, as_function, chosen_names
+from .look import POINTS, look
 from .memory import free_memory, give_back
 from .observations import Observations, checked, observations, weights_of
 from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
@@ -39,7 +42,6 @@ log = logging.getLogger(__name__)
 ROWS = 20_000  # positions of all calibration points together that the scales are chosen on
 FEW = 200  # calibration points: with fewer, the NLL after calibration varies by several percent from draw to draw
 CERTAIN = 0.9  # a temperature below it makes the network surer than it is: rare on unseen points
-SAMPLES_CHECKED = 8  # before a fit, so that what would fail late fails early
 
 Progress = Callable[[Iterable, str, int], Iterable]  # (batches, what is done, how many points) -> batches
 
@@ -118,15 +120,17 @@ def run(
     world, stages = world or World(), stages or Stages()
     progress = progress or (_tqdm if world.first else silent)
     names = chosen_names(model, parameters)
-    with seeded(settings.seed), as_function(model, names or ()), world.quiet():
+    with seeded(settings.seed), as_function(), world.quiet():
         likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
         generator = torch.Generator().manual_seed(settings.seed)
         budget = settings.memory_budget or _share_of_memory(model, world)
         with world.together("a look at network and data"):
             linearization = linearize(model, forward, asdict(settings) | {"memory_budget": budget}, names)
             train, held_out = _points(train_loader, calibration_loader, unpack)
-            example = _check(linearization, train, held_out, settings)
-            weights = json.dumps(fingerprint(model)) if world.size > 1 or stages.path else ""
+            settings = _sized(settings, len(train))
+            inputs, example = look(linearization, train, held_out, settings)
+            counted = linearization.network.view.counted
+            weights = json.dumps(fingerprint(model, counted)) if world.size > 1 or stages.path else ""
             by_evidence = held_out is None and settings.prior_variance is None
             # Noise that is estimated comes from the points held out, and the curvature depends on it.
             seen = (train,) if likelihood.is_complete or held_out is None else (train, held_out)
@@ -155,7 +159,7 @@ def run(
             return {"eigenvalues": eigenvalues} | {f"basis.{name}": tangents for name, tangents in basis.items()}
 
         num_outputs = example[0].numel()  # of all positions
-        reverse = cheaper(settings.engine, num_outputs, settings.rank) == "layerwise"
+        reverse = linearization.cheaper(inputs, settings.rank) == "layerwise"
 
         def make_curvature() -> dict[str, Tensor]:
             numbers = draw(settings.num_curvature, len(train), generator)
@@ -225,6 +229,9 @@ def run(
                 forward=forward,
                 settings=asdict(settings) | {"residual": probes} | likelihood.stored(),
                 origin=origin,
+                counted=counted,
+                batched=isinstance(inputs, Picked),
+                quiet=True,
             )
     give_back()
     figures |= {
@@ -245,11 +252,103 @@ def check(
     forward: Forward = call,
     parameters: Parameters = None,
 ) -> None:
-    """Find out, from a few points, whether a fit can work; raise an error that names the fix if not."""
+    """Go the whole way of a fit with a few points, and say how long it will take; raise what would go wrong then.
+
+    Raises:
+        ValueError, TypeError: if network, data or settings cannot be used; the message names the fix.
+    """
     names = chosen_names(model, parameters)
-    with seeded(settings.seed), as_function(model, names or ()):
+    with seeded(settings.seed), as_function():
         train, held_out = _points(train_loader, calibration_loader, unpack)
-        _check(linearize(model, forward, asdict(settings), names), train, held_out, settings)
+        settings = _sized(settings, len(train))
+        linearization = linearize(model, forward, asdict(settings), names)
+        inputs, _ = look(linearization, train, held_out, settings)
+        engine = linearization.cheaper(inputs, settings.rank)
+        seconds = _price(linearization, train, held_out, settings)
+    few = settings.limited(num_landmarks=FEW_POINTS, num_curvature=FEW_POINTS, num_calibration=FEW_POINTS, rank=2)
+    few = replace(few, engine=engine, residual=2 if settings.residual != "none" and settings.residual != 0 else "none")
+    with _silenced():
+        run(
+            model,
+            train_loader,
+            calibration_loader,
+            few,
+            unpack=unpack,
+            forward=forward,
+            parameters=parameters,
+            progress=silent,
+        )
+    log.info("ELLA: the fit at the end will take about %s.", _listed(seconds))
+
+
+FEW_POINTS = 4  # of each kind in the rehearsal of a fit
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """A rehearsal says nothing."""
+    logger = logging.getLogger(__package__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _price(
+    linearization: Linearization, train: Points, held_out: Points | None, settings: Settings
+) -> dict[str, float]:
+    """Seconds of the stages of a fit, from what a few points take."""
+    inputs, *_ = next(iter(train.batches(range(min(FEW_POINTS, len(train))), linearization.device)))
+    count, outputs = num_samples(inputs), torch.zeros(num_samples(inputs), dtype=torch.long)
+    probes = num_probes(
+        settings.residual, settings.rank, reverse=linearization.cheaper(inputs, settings.rank) == "layerwise"
+    )
+    parameters = linearization.parameters
+    basis = {name: value.new_zeros(settings.rank + probes, *value.shape) for name, value in parameters.items()}
+    gradient = _timed(lambda: [None for _ in linearization.gradients(inputs, outputs)]) / count
+    feature = _timed(lambda: linearization.look(inputs, basis, settings.top_outputs)) / count
+    assert settings.num_landmarks is not None
+    sketched = sketch_numbers(settings.num_landmarks, parameters, settings.rank, linearization.memory_budget // 2)
+    found = {
+        "landmarks": settings.num_landmarks * gradient * (1 if sketched is None else 2),
+        "curvature": min(settings.num_curvature or len(train), len(train))
+        * (feature if settings.curvature == "exact" else gradient),
+    }
+    if held_out is not None:
+        found["calibration"] = min(settings.num_calibration or len(held_out), len(held_out)) * feature
+    return found
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    """Seconds, the second time."""
+    work()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _listed(seconds: Mapping[str, float]) -> str:
+    """What stages take, in words."""
+    each = ", ".join(
+        f"{stage} {value:.0f}" if value >= 1 else f"{stage} {value:.1f}" for stage, value in seconds.items()
+    )
+    total = sum(seconds.values())
+    return f"{total:.0f} s ({each})" if total < 300 else f"{total / 60:.0f} min (in seconds: {each})"
+
+
+def _sized(settings: Settings, num_points: int) -> Settings:
+    """With a number of landmarks: 2,000 or all points, where it was left open."""
+    if settings.num_landmarks is not None:
+        return settings
+    count = min(MANY, num_points)
+    if count < MANY:
+        log.info("ELLA: all %d training points are landmarks.", count)
+    return replace(settings, num_landmarks=count, rank=min(settings.rank, count))
+
+
+MANY = 2000  # landmarks, where there are so many points
 
 
 def _share_of_memory(model: nn.Module, world: World) -> int:
@@ -266,7 +365,7 @@ def _identity(
     seen = hashlib.sha256()
     for points in data:
         with seeded(settings["seed"]):
-            for batch in points.batches(range(min(SAMPLES_CHECKED, len(points))), "cpu"):
+            for batch in points.batches(range(min(POINTS, len(points))), "cpu"):
                 for leaf in tree_leaves(batch):
                     seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
     names, digests = sorted(linearization.parameters), [points.digest() for points in data]
@@ -275,42 +374,6 @@ def _identity(
 
 def _points(train: DataLoader, held_out: DataLoader | None, unpack: Unpack) -> tuple[Points, Points | None]:
     return Points(train, unpack), None if held_out is None else Points(held_out, unpack)
-
-
-def _check(linearization: Linearization, train: Points, held_out: Points | None, settings: Settings) -> Tensor:
-    """Return the outputs of a few points, (b, *, C), if network and data can be used."""
-    if len(train) < settings.num_landmarks:
-        raise ValueError(
-            f"num_landmarks={settings.num_landmarks}, but there are only {len(train)} training points: "
-            f"pass num_landmarks={len(train)} or less."
-        )
-    sketch_numbers(
-        settings.num_landmarks, linearization.parameters, settings.rank, linearization.memory_budget // 2
-    )  # refuses a budget that is too small
-    example = _try(linearization, train, settings)
-    if held_out is not None:
-        _try(linearization, held_out, settings)
-    if not train.is_repeatable():
-        log.warning(
-            "ELLA: the training data look different each time (augmentation?). Pass train_loader= a loader without "
-            "augmentation, or give the datamodule an ella_train_dataloader()."
-        )
-    return example
-
-
-def _try(linearization: Linearization, points: Points, settings: Settings) -> Tensor:
-    """Return the outputs of the first few of the points, if the network can be evaluated and differentiated there."""
-    inputs, targets, weights = next(
-        iter(points.batches(range(min(SAMPLES_CHECKED, len(points))), linearization.device))
-    )
-    logits = linearization.logits(inputs)
-    likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
-    outputs = linearization.at_positions(logits)
-    known = checked(likelihood, outputs, targets, linearization.axis)
-    if not (weights_of(likelihood, known, weights) > 0).any():
-        log.warning("ELLA: none of the first %d points has a target that counts.", len(logits))
-    next(linearization.gradients(inputs, torch.zeros(len(logits), dtype=torch.long, device=logits.device)))
-    return outputs
 
 
 def _basis(

@@ -7,7 +7,7 @@ derivative along V: the folded tangents.
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .data import Inputs
+from .batches import Inputs
 from .linearize import Basis, Network, hooked, is_plain
+from .view import View
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Folding:
 
     def __init__(self, names: Mapping[Tensor, str], pairs: Collection[Pair] = ()):
         self.names, self.pairs = names, pairs
+        self._ways: list[_Way] = []
 
     @property
     def numel(self) -> int:
@@ -72,15 +74,47 @@ class Folding:
         return found
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self, view: View) -> Iterator[None]:
         """Let the BatchNorms only add what is left of them; `values` must stand in for the parameters meanwhile."""
-        for pair in self.pairs:
-            pair.norm.forward = partial(_shift, pair.norm)
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
             for pair in self.pairs:
-                del pair.norm.forward
+                way = _Way()
+                self._ways.append(way)
+                stack.enter_context(view.patched(pair.conv, forward=partial(way.convolve, pair.conv)))
+                stack.enter_context(view.patched(pair.norm, forward=partial(way.shift, pair.norm)))
+            stack.callback(self._ways.clear)
+            yield
+
+    def check(self) -> None:
+        """After a forward pass: raise a `StaleError` if a convolution's output did not go into its BatchNorm."""
+        if any(way.output is not None for way in self._ways):
+            raise StaleError
+
+
+class StaleError(Exception):
+    """For these inputs the network goes another way than that on which the folding was found."""
+
+
+class _Way:
+    """From a convolution to its BatchNorm."""
+
+    def __init__(self):
+        self.output: Tensor | None = None
+
+    def convolve(self, conv: nn.Conv2d, input: Tensor) -> Tensor:
+        """As the convolution does, once for each BatchNorm."""
+        if self.output is not None:
+            raise StaleError
+        self.output = nn.Conv2d.forward(conv, input)
+        return self.output
+
+    def shift(self, norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
+        """All that is left of the BatchNorm."""
+        if input is not self.output:
+            raise StaleError
+        self.output = None
+        assert norm.bias is not None
+        return input + norm.bias.to(input.dtype).view(-1, 1, 1)
 
 
 UNFOLDED = Folding({})
@@ -149,7 +183,3 @@ def _deviation(norm: nn.BatchNorm2d) -> Tensor:
 def _along(values: Tensor, parameter: Tensor) -> Tensor:
     """Reshape (*, channels) to multiply (*, channels, …) of a parameter of the convolution."""
     return values.view(*values.shape, *(1,) * (parameter.ndim - 1))
-
-
-def _shift(norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
-    return input + norm.bias.to(input.dtype).view(-1, 1, 1)

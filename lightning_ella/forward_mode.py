@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.utils._pytree import tree_map
 
-from .data import Inputs
+from .batches import Inputs, slices
 from .folding import UNFOLDED, Folding
-from .linearize import Basis, Network, slices
+from .linearize import Basis, Network
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,8 +39,7 @@ class ForwardMode:
         parameters = {n: self._cast(v).contiguous() for n, v in (taken | folding.values()).items() if n in basis}
         others = {}
         if self.dtype is not None:  # autocast does not work under vmap and jvp
-            model = self.network.model
-            rest = dict(model.named_parameters()) | dict(model.named_buffers())
+            rest = self.network.view.tensors
             others = {name: self._cast(value.detach()) for name, value in rest.items() if name not in parameters}
             inputs = tree_map(self._cast, inputs)
 
@@ -53,8 +52,9 @@ class ForwardMode:
         for part in parts:
             # Autograd makes zeros and copies into them where a tangent's storage is larger than its weight's.
             tangents = {n: basis[n][part].to(value.dtype, copy=len(parts) > 1) for n, value in parameters.items()}
-            with folding.applied():
+            with folding.applied(self.network.view):
                 outputs, features = vmap(product, out_dims=out_dims)(tangents)
+                folding.check()
             products.append(features if reduce is None else reduce(outputs, features))
         return outputs, torch.cat(products, dim=-1)  # type: ignore[possibly-undefined] - there is a chunk
 

@@ -8,8 +8,8 @@ B samples, S cotangents each (S = C for all of J), K columns of the basis.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -21,17 +21,23 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import vjp, vmap
 from torch.utils._pytree import tree_map
 
+from .batches import Picked, num_samples, rows
 from .data import Inputs
-from .folding import UNFOLDED, Folding
+from .folding import UNFOLDED, Folding, StaleError
 from .forward_mode import Reduce
-from .linearize import Basis, Network, hooked, is_plain, num_samples, rows
-from .rules import RULES, Rows, Rule, with_shift
+from .linearize import Basis, Network, hooked, version
+from .rules import Rows, Rule, rule_of, with_shift
 
 log = logging.getLogger(__name__)
 
 Cotangents = Callable[[Tensor], Tensor]  # logits (B, C) -> (B, S, C)
 
 MAX_COTANGENTS = 64  # that are pulled back from one forward pass for features: nothing grows as C²
+MAX_PROVEN = 1000  # graphs that are remembered
+SCALES = 64  # powers of two that cotangents are multiplied by
+DIRECTIONS = 3  # along which sums of rows are compared
+TOLERANCE, BY_AUTOCAST = 1e-3, 0.1  # of a gradient that is taken for the same, in the weights' precision and in bf16
+PASSES_BY_VMAP, PASSES_IN_A_LOOP = 3, 10  # what a cotangent takes without a rule, in those of one with a rule: measured
 
 
 @dataclass
@@ -41,16 +47,40 @@ class Call:
     layer: nn.Module
     rule: Rule
     inputs: Tensor
+    version: int  # of the input: it may be overwritten
     output: Any
     length: int  # of the output's first axis
 
 
-def pull_back(logits: Tensor, targets: list, cotangents: Tensor) -> list[Tensor | None]:
-    """Gradients (n, S, *) of each target (n, *) for cotangents (B, S, C); None where the logits do not depend on it."""
+@dataclass
+class Pass:
+    """A forward pass of B samples that can be pulled back."""
+
+    logits: Tensor  # (B, C), with a graph
+    calls: list[Call]
+    expanded: dict[str, Tensor]  # parameters of which each sample has its own, (B, *)
+    leaves: dict[str, Tensor]  # what stands for each parameter in the graph
+
+    @property
+    def targets(self) -> list[Any]:
+        """What gradients are asked of."""
+        return [*(call.output for call in self.calls), *self.expanded.values()]
+
+    @property
+    def lengths(self) -> tuple[Fraction, ...]:
+        """Rows of each call's output, in samples."""
+        return tuple(Fraction(call.length, len(self.logits)) for call in self.calls)
+
+
+def pull_back(logits: Tensor, targets: list, cotangents: Tensor, *, keep: bool = False) -> list[Tensor | None]:
+    """Gradients (n, S, *) of each target (n, *) for cotangents (B, S, C); None where the logits do not depend on it.
+
+    The graph is let go of with the last cotangent, unless it is to be kept.
+    """
     S = cotangents.shape[1]
     stacked: list[Tensor | None] = [None] * len(targets)
-    for s, v in enumerate(cotangents.unbind(1) if targets else ()):
-        found = torch.autograd.grad(logits, targets, v, retain_graph=s < S - 1, allow_unused=True)
+    for s, v in enumerate(cotangents.unbind(1) if targets and logits.requires_grad else ()):
+        found = torch.autograd.grad(logits, targets, v, retain_graph=keep or s < S - 1, allow_unused=True)
         if S == 1:
             return [None if gradient is None else gradient.unsqueeze(1) for gradient in found]
         for i, gradient in enumerate(found):
@@ -70,19 +100,25 @@ def one_hot(num_outputs: int, start: int) -> Tensor:
 class Layerwise:
     """Products with the Jacobian of a network in reverse mode.
 
-    Each parameter takes one of three routes, found out once from two samples:
-    a rule for its layer; where it has a first axis of length 1 (class tokens, position embeddings), a copy for each
-    sample; else, a backward pass for each sample, which is slow: of all samples at once by vmap where that is right
-    (it is not for every layer), else in a loop.
+    Each parameter takes one of three routes, found out from the first two samples: a rule for its layer; where it has a
+    first axis of length 1 (class tokens, position embeddings), a copy for each sample; else, a backward pass for each
+    sample, which is slow: of all samples at once by vmap where that is right, else in a loop.
+
+    The first two are right only where row b of what a layer computes belongs to sample b, and where its weights are
+    used by calling it. Both can change with the data (samples sorted by length, tokens sent to experts, a branch). So
+    every forward pass is compared with those for which it was proven, and proven itself where it differs.
     """
 
     def __init__(self, network: Network):
         self.network = network
+        self.quiet = False
         self._by_rule: frozenset[str] | None = None
         self._expanded: frozenset[str] = frozenset()
         self._loop = False
         self._subclasses = True  # whether the rules are for subclasses of their layers, too
-        self._lengths: set[tuple[nn.Module, Fraction]] | None = None  # of each layer's output, in samples
+        self._by_backward = False  # whether `.backward()` finds gradients that `autograd.grad` does not
+        self._structures: set[Any] = set()  # of graphs in which weights are used as the rules say
+        self._proven: set[Any] = set()  # and in which rows are in their place, by the number of samples
 
     def products(
         self, inputs: Inputs, cotangents: Cotangents, basis: Basis, folding: Folding = UNFOLDED
@@ -121,6 +157,11 @@ class Layerwise:
         self.by_rule(inputs)
         return sum(value.nbytes for value in self._uncovered().values())
 
+    def slowness(self, inputs: Inputs) -> float:
+        """Backward passes that a cotangent takes beside its own, for the parameters that no rule covers."""
+        self.by_rule(inputs)
+        return 0.0 if not self._uncovered() else PASSES_IN_A_LOOP if self._loop else PASSES_BY_VMAP
+
     def by_rule(self, inputs: Inputs) -> Collection[str]:
         """Names of the parameters that only their layer uses, and in the way that its rule says."""
         if self._by_rule is None:
@@ -133,22 +174,41 @@ class Layerwise:
     ) -> tuple[Tensor, Iterator[tuple[str, Rows]]]:
         """Outputs (B, C) and, by and by, what adds up to the cotangents' products with J."""
         self.by_rule(inputs)
-        logits, calls, expanded = self._forward(inputs, folding)
-        v = cotangents(logits.detach()).to(logits)
-        return logits.detach(), self._backward(inputs, logits, calls, expanded, v)
+        wrong = frozenset({""})
+        while wrong:
+            with self._forward(inputs, folding) as run:  # a checkpoint calls layers again on the way back
+                v = cotangents(run.logits.detach()).to(run.logits)
+                signature, moves = structure(run.logits, run.leaves)
+                key = signature, run.lengths, len(v)
+                if not (wrong := self._misused(inputs, run, key)):
+                    prove = moves or key not in self._proven
+                    gradients = pull_back(run.logits, run.targets, v, keep=prove)
+                    wrong = self._misplaced(run, gradients, v) if prove else wrong
+            if wrong:
+                self._take_back(wrong)
+                if folding.pairs:
+                    raise StaleError
+        if len(self._proven) > MAX_PROVEN:
+            self._proven.clear()
+            self._structures.clear()
+        self._proven.add(key)
+        return run.logits.detach(), self._backward(inputs, run, gradients, v)  # type: ignore[possibly-undefined]
 
-    def _forward(self, inputs: Inputs, folding: Folding) -> tuple[Tensor, list[Call], dict[str, Tensor]]:
-        """Outputs with a graph, the calls of layers, and the parameters of which each sample has its own."""
+    @contextmanager
+    def _forward(self, inputs: Inputs, folding: Folding) -> Iterator[Pass]:
+        """Evaluate the network with a graph; values that stand in for parameters stay until the end."""
         calls: list[Call] = []
 
-        def record(layer: nn.Module, args: tuple, output: Tensor) -> None:
+        def record(layer: nn.Module, args: tuple, output: Any) -> None:
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad:
-                calls.append(Call(layer, rules[layer], args[0].detach(), get_gradient_edge(output), len(output)))
+                seen = args[0].detach(), version(args[0])
+                calls.append(Call(layer, rules[layer], *seen, get_gradient_edge(output), len(output)))
 
         rules: dict[nn.Module, Rule] = {
             layer: rule
             for layer in self.network.model.modules()
-            if any(self._has_rule(p) for p in layer.parameters(recurse=False)) and (rule := self._rule(layer))
+            if any(self._has_rule(p) for p in layer.parameters(recurse=False))
+            and (rule := rule_of(layer, subclasses=self._subclasses))
         }
         for pair in folding.pairs:
             del rules[pair.norm]
@@ -157,23 +217,20 @@ class Layerwise:
         expanded = {
             n: taken[n].expand(num_samples(inputs), *taken[n].shape[1:]).requires_grad_() for n in self._expanded
         }
-        values = {name: value.requires_grad_() for name, value in folding.values().items()}
-        with hooked(rules, record), torch.enable_grad(), folding.applied():
-            logits = self.network.at(values | expanded, inputs)
-        irregular = _lengths(calls, len(logits)) - self._lengths if self._lengths is not None else ()
-        if irregular:  # its number of rows depends on the data, so they cannot be told apart by sample
-            taken_back = {self.network.names.get(p) for layer, _ in irregular for p in layer.parameters(recurse=False)}
-            self._by_rule, self._loop = self._by_rule - taken_back, True  # type: ignore[operator]
-            return self._forward(inputs, folding)
-        return logits, calls, expanded
+        values = {name: value.requires_grad_() for name, value in folding.values().items()} | expanded
+        leaves = {name: parameter for parameter, name in self.network.names.items()} | values
+        with folding.applied(self.network.view), self.network.view.replaced(values):
+            with hooked(rules, record), torch.enable_grad():
+                logits = self.network(inputs)
+            folding.check()
+            yield Pass(logits, calls, expanded, leaves)
 
     def _backward(
-        self, inputs: Inputs, logits: Tensor, calls: list[Call], expanded: dict[str, Tensor], cotangents: Tensor
+        self, inputs: Inputs, run: Pass, gradients_of: list[Tensor | None], cotangents: Tensor
     ) -> Iterator[tuple[str, Rows]]:
-        gradients_of = pull_back(logits, [call.output for call in calls] + list(expanded.values()), cotangents)
-        B = len(logits)
-        del logits
-        for name in reversed(expanded):
+        B, calls = len(run.logits), run.calls
+        run.logits = run.logits.detach()
+        for name in reversed(run.expanded):
             if (gradients := gradients_of.pop()) is not None:
                 yield name, Rows(gradients)
         while calls:  # let go of each layer's gradients as soon as they are contracted
@@ -184,12 +241,104 @@ class Layerwise:
                         yield self.network.names[parameter], term
         yield from self._one_by_one(inputs, cotangents)
 
+    # The proof of the fast routes
+
+    def _misused(self, inputs: Inputs, run: Pass, key: Any) -> frozenset[str]:
+        """Names of parameters that are used otherwise than by calling their layer, where the graph is a new one.
+
+        All samples together, the rules must give what autograd gives along random directions; and each of two
+        samples by itself what it gives for that one.
+        """
+        known = (self._by_rule or frozenset()) | self._expanded
+        overwritten = known & self._overwritten(run)
+        if overwritten or not known or key[0] in self._structures:
+            return overwritten
+        wrong = known - self._agreeing_in_sum(run)
+        with self._without_autocast():
+            wrong = wrong or known - self._agreeing(_two(inputs))
+        if not wrong:
+            self._structures.add(key[0])
+        return wrong
+
+    def _overwritten(self, run: Pass) -> frozenset[str]:
+        """Names of parameters of layers whose input is not there any more."""
+        return frozenset().union(*(self._names_of(c.layer) for c in run.calls if version(c.inputs) != c.version))
+
+    def _misplaced(self, run: Pass, found: list[Tensor | None], cotangents: Tensor) -> frozenset[str]:
+        """Names of parameters of layers of which row b is not that of sample b alone.
+
+        With the cotangents of sample b times α_b, so must be the gradient at row b of every layer's output. The α are
+        powers of two, which change no rounding, and no two of them are the same. So one more backward pass shows it,
+        where the graph or the number of samples is new, and always where operations may place rows by the data.
+        """
+        B = len(cotangents)
+        order = torch.randperm(B, generator=torch.Generator().manual_seed(B)) % SCALES - min(B, SCALES) // 2
+        alphas = torch.exp2(order.to(cotangents))
+        scaled = pull_back(run.logits, run.targets, cotangents[:, :1] * alphas.view(-1, 1, 1))
+        layers = [self._names_of(call.layer) for call in run.calls] + [{name} for name in run.expanded]
+        wrong = {
+            name
+            for names, one, other in zip(layers, found, scaled, strict=True)
+            if one is not None and other is not None and not _follows(one[:, 0], other[:, 0], alphas)
+            for name in names
+        }
+        return wrong & ((self._by_rule or frozenset()) | self._expanded)
+
+    def _agreeing_in_sum(self, run: Pass) -> frozenset[str]:
+        """Names of parameters whose rows, summed over all samples, are autograd's gradient along a few directions."""
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(run.logits.shape, generator=generator).to(run.logits)
+        names = [name for name in run.leaves if name in (self._by_rule or ())]
+        leaves = [run.leaves[name] for name in names]
+        if not run.logits.requires_grad or not names:
+            return frozenset(run.leaves)
+        exact = torch.autograd.grad(run.logits, leaves, v, retain_graph=True, materialize_grads=True)
+        directions = {
+            name: torch.randn(DIRECTIONS, leaf.numel(), generator=generator).to(leaf)
+            for name, leaf in zip(names, leaves, strict=True)
+        }
+        gradients = pull_back(run.logits, run.targets, v.unsqueeze(1), keep=True)
+        found, broken = self._by_calls(run, gradients, lambda name, term: term.times(directions[name]).sum((0, 1)))
+        autocast = torch.is_autocast_enabled(run.logits.device.type)
+        whole = torch.stack([gradient.norm() for gradient in exact]).norm()
+        rounding = 100 * torch.finfo(run.logits.dtype).eps * whole + 1e-12
+        wrong = set(broken)
+        for name, gradient in zip(names, exact, strict=True):
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            gap = found.get(name, 0) - directions[name] @ gradient.flatten()
+            if not gap.norm() <= (BY_AUTOCAST if autocast else TOLERANCE) * gradient.norm() + rounding:
+                wrong.add(name)
+        return frozenset(run.leaves) - wrong
+
+    def _by_calls(
+        self, run: Pass, gradients: list[Tensor | None], part: Callable[[str, Rows], Tensor]
+    ) -> tuple[dict[str, Any], set[str]]:
+        """By name, the sum over the calls of a part of each term; and the names of layers whose rule cannot be used."""
+        found: dict[str, Any] = {}
+        broken: set[str] = set()
+        for call, gradient in zip(run.calls, gradients, strict=False):
+            if gradient is None:
+                continue
+            try:
+                for parameter, term in call.rule(call.layer, call.inputs, gradient, len(run.logits)):
+                    if parameter is not None and self._has_rule(parameter):
+                        name = self.network.names[parameter]
+                        found[name] = found.get(name, 0) + part(name, term)
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # not a shape of B samples
+                broken |= self._names_of(call.layer)
+        return found, broken
+
+    def _take_back(self, names: frozenset[str]) -> None:
+        """From now on parameters take the slow route, one sample at a time."""
+        self._by_rule, self._expanded = (self._by_rule or frozenset()) - names, self._expanded - names
+        self._loop = True
+        self._say()
+
+    def _names_of(self, layer: nn.Module) -> frozenset[str]:
+        return frozenset(self.network.names[p] for p in layer.parameters(recurse=False) if p in self.network.names)
+
     def _without_autocast(self) -> AbstractContextManager:
         return torch.autocast(self.network.device.type, enabled=False)
-
-    def _rule(self, layer: nn.Module) -> Rule | None:
-        fits = isinstance if self._subclasses else is_plain
-        return next((rule for kind, rule in RULES.items() if fits(layer, kind)), None)
 
     def _has_rule(self, parameter: Tensor) -> bool:
         return self.network.names.get(parameter) in (self._by_rule or ())
@@ -198,6 +347,8 @@ class Layerwise:
         covered = (self._by_rule or frozenset()) | self._expanded
         return {name: value for name, value in self.network.parameters_taken.items() if name not in covered}
 
+    # The slow route
+
     def _one_by_one(self, inputs: Inputs, cotangents: Tensor) -> Iterator[tuple[str, Rows]]:
         """Rows of the parameters that no rule covers, by a backward pass for each sample."""
         rest = self._uncovered()
@@ -205,30 +356,70 @@ class Layerwise:
             return
         cotangents = cotangents.to(next(iter(rest.values())))
         with self._without_autocast():  # vmap knows no layer of mixed precision
-            found = (self._in_a_loop if self._loop else self._by_vmap)(inputs, cotangents, rest)
+            found = None if self._loop else self._by_vmap(inputs, cotangents, rest)
+            found = self._in_a_loop(inputs, cotangents, rest) if found is None else found
         for name, gradients in found.items():
             yield name, Rows(gradients)
 
-    def _by_vmap(self, inputs: Inputs, cotangents: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _by_vmap(self, inputs: Inputs, cotangents: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Rows of all samples at once; None where the network cannot be evaluated so (it branches on the data)."""
+
         def pull_back(sample: Inputs, v: Tensor) -> dict[str, Tensor]:
-            one = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, sample)
+            one = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) and leaf.ndim else leaf, sample)
             pull = vjp(lambda values: self.network.at(values, one).squeeze(0), parameters)[1]
             return vmap(pull)(v)[0]
 
-        axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, inputs)
-        return vmap(pull_back, in_dims=(axes, 0))(inputs, cotangents)
+        if isinstance(inputs, Picked):
+            return None
+        axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, inputs)
+        try:
+            return vmap(pull_back, in_dims=(axes, 0))(inputs, cotangents)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            log.debug("ELLA: samples one after the other, because of %s: %s", type(error).__name__, error)
+            self._loop = True
+            return None
 
     def _in_a_loop(self, inputs: Inputs, cotangents: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         weights = [weight for weight, name in self.network.names.items() if name in parameters]
         found = []
-        for b, vs in enumerate(cotangents):
-            with torch.enable_grad():
-                output = self.network(rows(inputs, slice(b, b + 1)))[0]
-            found += [torch.autograd.grad(output, weights, v, retain_graph=True, materialize_grads=True) for v in vs]
+        for output, vs in zip(self._outputs(inputs), cotangents, strict=True):
+            found += [self._gradients(output, weights, v) for v in vs]
         return {
             self.network.names[weight]: torch.stack(gradients).unflatten(0, cotangents.shape[:2])
             for weight, gradients in zip(weights, zip(*found, strict=True), strict=True)
         }
+
+    def _outputs(self, inputs: Inputs) -> Iterator[Tensor]:
+        """Outputs (C,) of one sample after the other, with a graph; of those that come together, from one pass."""
+        parts = [slice(None)] if isinstance(inputs, Picked) else [slice(b, b + 1) for b in range(num_samples(inputs))]
+        for part in parts:
+            with torch.enable_grad():
+                outputs = self.network(rows(inputs, part)).unbind()
+            yield from outputs
+
+    def _gradients(self, output: Tensor, weights: list[Tensor], v: Tensor) -> list[Tensor]:
+        """Gradients of v · output, by `.backward()` where a checkpoint hides weights from `autograd.grad`."""
+        if not output.requires_grad:
+            return [torch.zeros_like(weight) for weight in weights]
+        if self._by_backward:
+            with self._without_gradients():
+                torch.autograd.backward(output, v, retain_graph=True)
+                found = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        else:
+            found = torch.autograd.grad(output, weights, v, retain_graph=True, materialize_grads=True)
+        return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in found]
+
+    @contextmanager
+    def _without_gradients(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for weight in self.network.names:
+                weight.grad = None
+
+    # Which route
 
     def _find_routes(self, inputs: Inputs) -> None:
         """Find out which parameters the rules give the right gradients of.
@@ -237,53 +428,177 @@ class Layerwise:
         where a subclass computes something else, where a layer's input is overwritten, or where samples are not along
         its first axis. None of this can be seen from outside, so two samples are compared with plain autograd.
         """
-        last = num_samples(inputs) - 1
-        two = tree_map(
-            lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a,
-            *(rows(inputs, slice(i, i + 1)) for i in (0, last)),
-        )
+        two = _two(inputs)
+        self._by_backward = self._hides_weights(two)
         taken = self.network.parameters_taken
-        for self._subclasses in (True, False):  # one that is called in another way spoils the check for all
-            self._by_rule = frozenset(taken)
-            self._by_rule = self._agreeing(two)
-            if self._by_rule:
-                break
+        self._by_rule = frozenset(taken)
+        self._by_rule = self._agreeing(two)
         self._expanded = frozenset(
             name for name, value in taken.items() if name not in self._by_rule and value.ndim > 1 and len(value) == 1
         )
         if self._expanded:
             self._expanded &= self._agreeing(two)
         if rest := self._uncovered():
-            self._loop = not rest.keys() <= self._agreeing(two)
-            log.info(
-                "ELLA: %d of %d parameters have no rule (%s, …): their gradients take a backward pass a sample%s.",
-                *(len(rest), len(taken), next(iter(rest)), ", one after the other" if self._loop else ""),
-            )
-        self._lengths = _lengths(self._forward(two, UNFOLDED)[1], num_samples(two))
+            self._loop = self._by_backward or not rest.keys() <= self._agreeing(two)
+            self._say()
 
-    def _agreeing(self, inputs: Inputs) -> frozenset[str]:
+    def _hides_weights(self, two: Inputs) -> bool:
+        """Whether `.backward()`, which trains, has gradients that `autograd.grad` has not (reentrant checkpoints)."""
+        with torch.enable_grad():
+            logits = self.network(two)
+        if not logits.requires_grad:
+            raise ValueError(
+                "the outputs have no gradient in any parameter taken into account: forward= must not run under "
+                "torch.no_grad(), nor detach() or convert its outputs, and parameters= must choose some that they use."
+            )
+        weights, v = list(self.network.names), torch.ones_like(logits)
+        with self._without_gradients():
+            torch.autograd.backward(logits, v, retain_graph=True)
+            trained = [weight.grad for weight in weights]
+        try:
+            seen = torch.autograd.grad(logits, weights, v, allow_unused=True)
+        except RuntimeError:
+            return True
+        return any((one is None) != (other is None) for one, other in zip(trained, seen, strict=True))
+
+    def _agreeing(self, two: Inputs) -> frozenset[str]:
         """Names of the parameters whose rows for two samples are what autograd gives for each."""
         with torch.enable_grad():
-            logits = self.network(inputs)  # of both at once: a ReLU at its kink must fall on the same side
+            logits = self.network(two)  # of both at once: a ReLU at its kink must fall on the same side
             outputs = logits.unbind()
         v = torch.randn(2, 1, logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits)
-        try:
-            found = self.rows(inputs, lambda _: v)
-        except (RuntimeError, TypeError, ValueError):  # a shape that is not one of B samples, or beyond vmap
-            return frozenset()
-        agreeing = set(found)
-        for b, output in enumerate(outputs):
-            weights = list(self.network.names)
-            exact = torch.autograd.grad(output, weights, v[b, 0], retain_graph=True, materialize_grads=True)
-            whole = torch.stack([gradient.norm() for gradient in exact]).norm()
+        exact = [self._gradients(output, list(self.network.names), v[b, 0]) for b, output in enumerate(outputs)]
+        found, broken = self._rows_of(two, v)
+        agreeing = set(self.network.names.values()) - broken
+        for b, gradients in enumerate(exact):
+            whole = torch.stack([gradient.norm() for gradient in gradients]).norm()
             rounding = 10 * torch.finfo(logits.dtype).eps * whole + 1e-12  # all there is of an attention's key bias
-            for name, gradient in zip(self.network.names.values(), exact, strict=True):
-                row = found[name][b, 0]
+            for name, gradient in zip(self.network.names.values(), gradients, strict=True):
+                row = found[name][b, 0] if name in found else torch.zeros_like(gradient).flatten()
                 fits = row.numel() == gradient.numel()  # not where a layer is called without a batch
-                if not fits or not (row - gradient.flatten()).norm() <= 1e-3 * gradient.norm() + rounding:
+                if not fits or not (row - gradient.flatten()).norm() <= TOLERANCE * gradient.norm() + rounding:
                     agreeing.discard(name)
         return frozenset(agreeing)
 
+    def _rows_of(self, two: Inputs, v: Tensor) -> tuple[dict[str, Tensor], set[str]]:
+        """Rows by the routes as they are, not proven: name -> (2, 1, p); and names whose route cannot be used."""
+        everything = set(self.network.names.values())
+        try:
+            with self._forward(two, UNFOLDED) as run:
+                gradients = pull_back(run.logits, run.targets, v)
+        except (RuntimeError, TypeError, ValueError):  # expanded parameters of a shape that is not one of B samples
+            return {}, everything
+        found, broken = self._by_calls(run, gradients, lambda _, term: term.dense())
+        for name, gradient in zip(run.expanded, gradients[len(run.calls) :], strict=True):
+            if gradient is not None:
+                found[name] = Rows(gradient).dense()
+        broken |= {
+            name for call in run.calls if version(call.inputs) != call.version for name in self._names_of(call.layer)
+        }
+        try:
+            return found | {name: term.dense() for name, term in self._one_by_one(two, v)}, broken
+        except (RuntimeError, TypeError, ValueError):
+            return found, broken | self._uncovered().keys()
 
-def _lengths(calls: list[Call], num_samples: int) -> set[tuple[nn.Module, Fraction]]:
-    return {(call.layer, Fraction(call.length, num_samples)) for call in calls}
+    def _say(self) -> None:
+        """How many parameters are slow, how slow, and what would leave them out."""
+        rest = self._uncovered()
+        if self.quiet or not rest:
+            return
+        log.info(
+            "ELLA: %d of %d parameters have no rule (%s, …), so their gradients take a backward pass a sample%s: "
+            "about %d times as long as those of the others. %s",
+            *(len(rest), len(self.network.names), next(iter(rest)), ", one after the other" if self._loop else ""),
+            PASSES_IN_A_LOOP if self._loop else PASSES_BY_VMAP,
+            _leaving_out(rest, self.network.names.values()),
+        )
+
+
+def _leaving_out(slow: Collection[str], names: Collection[str]) -> str:
+    """The `parameters=` that keeps all that is fast."""
+    kept = [name for name in names if name not in slow]
+    if not kept:
+        return "None of the parameters is fast."
+    tops = list(dict.fromkeys(name.rpartition(".")[0].split(".")[0] for name in slow))
+    listed = ", ".join(map(repr, tops[:3])) + ", …" * (len(tops) > 3)
+    if any(name.split(".")[0] in tops for name in kept):
+        return f"parameters=[{', '.join(map(repr, kept[:3]))}, …] would take the others alone."
+    return f"parameters=lambda name, _: not name.startswith(({listed},)) would leave them out."
+
+
+def _two(inputs: Inputs) -> Inputs:
+    """The first and the last sample of a batch."""
+    return rows(inputs, torch.tensor([0, num_samples(inputs) - 1]))
+
+
+def _follows(one: Tensor, other: Tensor, alphas: Tensor) -> bool:
+    """Whether the gradient at each sample's rows is scaled as its cotangents are, from (n, *), (n, *) and (B,)."""
+    if len(one) % len(alphas):
+        return False
+    one, other = (gradient.reshape(len(alphas), -1).float() for gradient in (one, other))
+    sizes = one.norm(dim=1)
+    gaps = (other / alphas.float().unsqueeze(1) - one).norm(dim=1)
+    return bool((gaps <= BY_AUTOCAST / 2 * sizes + 1e-6 * sizes.max()).all())
+
+
+def structure(logits: Tensor, leaves: Mapping[str, Tensor]) -> tuple[tuple, bool]:
+    """The graph of the outputs as a value: operations, their arguments, parameters by name; and whether rows may move.
+
+    Of two forward passes with the same structure, where no operation places rows by the data, one shows what holds for
+    the other.
+    """
+    named = {id(leaf): name for name, leaf in leaves.items()}
+    numbers: dict[Any, int] = {logits.grad_fn: 0}
+    todo, found, moves = [node for node in numbers if node is not None], [], False
+    while todo:
+        node = todo.pop()
+        following = [after for after, _ in node.next_functions if after is not None]
+        todo += [after for after in following if after not in numbers]
+        edges = [numbers.setdefault(after, len(numbers)) for after in following]
+        operation = node.name()
+        found.append((operation, named.get(id(getattr(node, "variable", None))), *edges))
+        moves = moves or not _keeps_places(node, operation.rstrip("0123456789").removesuffix("Backward"))
+    return tuple(found), moves
+
+
+def _keeps_places(node: Any, operation: str) -> bool:
+    """Whether an operation leaves the rows of a sample where they were, whatever the data."""
+    if operation not in ALONG:
+        return operation in STILL
+    axis = getattr(node, "_saved_dim", 0)
+    if axis >= 2**63:  # counted from the end
+        axis += len(node._input_metadata[0].shape) - 2**64
+    return axis > 0
+
+
+# Names of operations in autograd's graph. What is in neither set may move rows (indexing, sorting, packing).
+STILL = frozenset(
+    """
+    AccumulateGrad Abs Acos Add Addbmm Addcdiv Addcmul Addmm Addmv AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D
+    AdaptiveMaxPool3D Alias Amax Amin Asin Atan AvgPool2D AvgPool3D Baddbmm Bmm Celu Clamp ClampMax ClampMin Clone
+    ConstantPadNd Convolution Cos Cosh CudnnBatchNorm CudnnConvolution Detach Div Dot Elu Embedding EmbeddingBag Erf Exp
+    Expand Expm1 Fill Floor FusedRmsNorm Gelu Glu Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp LinalgVectorNorm Linear
+    Log Log1P LogSigmoid LogSoftmax Logaddexp Logsumexp MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum
+    Mean Min Minimum Mish MkldnnConvolution Mm Mul Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm Neg Norm Permute
+    PixelShuffle PixelUnshuffle Pow Prelu PreluKernel Prod Reciprocal ReflectionPad1D ReflectionPad2D Relu Repeat
+    ReplicationPad1D ReplicationPad2D ReshapeAlias Rsqrt Rsub SafeSoftmax ScaledDotProductEfficientAttention
+    ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu Selu Sigmoid Sign Silu Sin Sinh Softmax Softplus
+    Sqrt Squeeze Std StdMean Sub Sum T Tan Tanh Threshold ToCopy Transpose Tril Triu UnsafeView Unsqueeze
+    UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D Var VarMean View Where
+    """.split()  # noqa: SIM905 - a list of so many is no better to read
+)
+ALONG = frozenset(
+    (
+        "Cat",
+        "Cumsum",
+        "Gather",
+        "IndexSelect",
+        "Select",
+        "Slice",
+        "Split",
+        "SplitWithSizes",
+        "Stack",
+        "Unbind",
+        "Unfold",
+    )
+)

@@ -4,16 +4,14 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from .data import Inputs
+from .batches import Inputs, Picked, call, num_samples, rows
+from .view import Cast, PlainAttention, View, eager
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +19,7 @@ Basis = Mapping[str, Tensor]  # parameter name -> (K, *shape)
 Forward = Callable[[nn.Module, Inputs], Tensor]
 
 
-def call(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Evaluate `model(inputs)`: how a network is called unless the user says otherwise."""
-    return model(inputs)
-
-
+SHORTCUTS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 Parameters = str | Collection[str] | Callable[[str, nn.Parameter], bool] | None
 
 
@@ -58,36 +52,21 @@ def chosen_names(model: nn.Module, parameters: Parameters) -> list[str] | None:
 
 
 @contextmanager
-def as_function(model: nn.Module, names: Collection[str] = ()) -> Iterator[None]:
-    """Make `model` a plain function of its parameters and inputs; afterwards it is as it was.
+def as_function() -> Iterator[None]:
+    """Evaluate networks as plain functions of parameters and inputs, in this thread.
 
-    Every submodule is in eval mode, no graph is recorded, inference mode is off (forward-mode products are silently
-    zero there in some releases of torch), and so is autocast; attention takes the kernel that has a forward-mode rule,
-    and what was compiled runs eagerly. The parameters `names` require gradients, whoever froze them meanwhile.
+    No graph is recorded, inference mode is off (forward-mode products are silently zero there in some releases of
+    torch), and so is autocast; what was compiled runs eagerly.
     """
-    training = [module for module in model.modules() if module.training]
-    frozen = [
-        parameter for name, parameter in model.named_parameters() if name in names and not parameter.requires_grad
-    ]
-    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
+    accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in training:
-            module.training = False
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            for module in training:
-                module.training = True
+        for kind in {"cpu"} | ({accelerator.type} if accelerator else set()):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(eager())
+        yield
 
 
 @contextmanager
@@ -109,21 +88,35 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
 
 
-class Network(nn.Module):
+class Network:
     """`forward(model, ·)` as a function of some parameters of `model`: `names`, or those that require gradients.
+
+    It is evaluated on a view of the model, in eval mode, which shares its storage.
+
+    Args:
+        model: the user's network, which is only read.
+        forward: how to call it.
+        names: of the parameters; None takes those that require gradients.
+        cast: what becomes of each of its tensors.
 
     Raises:
         ValueError: if there are none, or if they are neither float32 nor float64.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward = call, names: Collection[str] | None = None):
-        super().__init__()
-        self.model, self._forward = model, forward
-        self.output_shape: tuple[int, ...] = ()  # of the last outputs, without B
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward = call,
+        names: Collection[str] | None = None,
+        cast: Cast = lambda _, value: value,
+    ):
+        self.view = View(model, names, cast)
+        self.model = self.view.root
+        self._forward: Forward = self.view.copied(forward)  # what a closure knows of the network is the view's
+        self._settled = False
+        self.output_shape: tuple[int, ...] | None = None  # of the last outputs, without B
         self.names: dict[Tensor, str] = {
-            parameter: name
-            for name, parameter in model.named_parameters()
-            if (parameter.requires_grad if names is None else name in names)
+            parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }
         if not self.names:
             raise ValueError(
@@ -137,25 +130,50 @@ class Network(nn.Module):
                     fix = "keep its real and imaginary parts, and use torch.view_as_complex(weight) in forward()"
                 raise ValueError(f"ELLA needs float32 or float64 weights, but {name} is {parameter.dtype}: {fix}.")
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Outputs (B, C) of the network as it is; those of several positions one after the other."""
-        outputs = self._forward(self.model, inputs)
-        outputs = check_outputs(getattr(outputs, "logits", outputs), num_samples(inputs))  # as Hugging Face has them
-        if outputs.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(outputs.device.type):
-            outputs = outputs.float()  # of a frozen part in half precision
-        self.output_shape = tuple(outputs.shape[1:])
-        return outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(1)
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Outputs (B, C), by operations that can be differentiated; those of several positions one after the other."""
+        with PlainAttention():
+            return self._evaluate(inputs)
+
+    def own(self, inputs: Inputs) -> Tensor:
+        """Outputs (B, C) as the network gives them in eval mode, by whatever shortcut it takes without gradients."""
+        with torch.no_grad():
+            return self._evaluate(inputs)
+
+    def outputs_of(self, inputs: Inputs) -> Tensor:
+        """Outputs for a batch whose size is not known, (B, …).
+
+        Raises:
+            ValueError: if they are no tensor with rows.
+        """
+        with torch.no_grad():
+            outputs = self._called(inputs)
+        return check_outputs(outputs, len(outputs) if isinstance(outputs, Tensor) and outputs.ndim else 1)
+
+    @property
+    def takes_shortcuts(self) -> bool:
+        """Whether what it computes without gradients may be another function: padding, in torch's transformers."""
+        return any(isinstance(module, SHORTCUTS) for module in self.model.modules())
+
+    def settle(self, inputs: Inputs) -> None:
+        """Find out, once, what evaluating the network writes to."""
+        if not self._settled:
+            self._settled = True
+            few = rows(inputs, slice(0, 2))
+            with torch.no_grad():
+                self.view.settle(lambda: self._called(few))
 
     def at_positions(self, flat: Tensor, axis: int | None) -> Tensor:
         """What belongs to the outputs of the last call, (B, D, …), as (B, *, C, …): the C are at `axis`."""
-        if axis is None:
+        if axis is None or self.output_shape is None:
             return flat
         last = len(self.output_shape)
         return flat.unflatten(1, self.output_shape).movedim(last if axis == -1 else axis, last)
 
     def at(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """Outputs (B, C) with some `parameters` replaced."""
-        return functional_call(self, {f"model.{name}": value for name, value in parameters.items()}, (inputs,))
+        with self.view.replaced(parameters):
+            return self(inputs)
 
     @property
     def parameters_taken(self) -> dict[str, Tensor]:
@@ -172,19 +190,71 @@ class Network(nn.Module):
         """Where the parameters are."""
         return next(iter(self.names)).device
 
+    def _evaluate(self, inputs: Inputs) -> Tensor:
+        outputs = self._of_samples(inputs, num_samples(inputs))
+        if outputs.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(outputs.device.type):
+            outputs = outputs.float()  # of a frozen part in half precision
+        self.output_shape = tuple(outputs.shape[1:])
+        return outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(1)
+
+    def _of_samples(self, inputs: Inputs, count: int) -> Tensor:
+        """Outputs (B, …); a network that ends in `.squeeze()` leaves out a B of one."""
+        outputs = self._called(inputs)
+        if count != 1 or not isinstance(outputs, Tensor) or (outputs.ndim > 0 and len(outputs) == 1):
+            return check_outputs(outputs, count)
+        if self.output_shape is None:
+            self.output_shape = tuple(check_outputs(self._called(twice(inputs)), 2).shape[1:])
+        return outputs.unsqueeze(0) if outputs.shape == self.output_shape else check_outputs(outputs, 1)
+
+    def _called(self, inputs: Inputs) -> Any:
+        """What the network gives, or what has it as `.logits` (Hugging Face) or `.prediction` (pytorch-forecasting)."""
+        try:
+            outputs = self._forward(self.model, inputs.whole if isinstance(inputs, Picked) else inputs)
+        except Exception as error:
+            error.add_note(
+                f"ELLA called {'module(inputs)' if self._forward is call else 'forward(module, inputs)'} with inputs: "
+                f"{described(inputs)}. If that is not how the network is called, pass forward=lambda module, inputs: "
+                "…, or unpack=lambda batch: (inputs, targets) with what your training_step does to a batch."
+            )
+            raise
+        finally:
+            self.view.restore()
+        outputs = getattr(outputs, "logits", getattr(outputs, "prediction", outputs))
+        return outputs[inputs.rows] if isinstance(inputs, Picked) and isinstance(outputs, Tensor) else outputs
+
+
+def described(inputs: Inputs) -> str:
+    """Kinds and shapes of inputs, in a few words."""
+    if isinstance(inputs, Tensor):
+        return f"{tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+    if isinstance(inputs, Mapping):
+        return "a dict of " + ", ".join(f"{name} {described(value)}" for name, value in inputs.items())
+    if isinstance(inputs, (list, tuple)):
+        return f"a {type(inputs).__name__} of " + ", ".join(map(described, inputs))
+    return f"a {type(inputs).__name__}"
+
 
 def check_outputs(outputs: Any, batch_size: int) -> Tensor:
     """Return `outputs` if they are (B, …) real numbers; raise a ValueError that names the fix if not."""
-    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != batch_size or not outputs.numel():
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if batch_size == 0:
+        raise ValueError("the batch has no inputs: leave it out.")
+    if not isinstance(outputs, Tensor):
+        fixes = {dict: "model(inputs)['logits']", tuple: "model(inputs)[0]", list: "model(inputs)[0]"}
+        fix = next((way for kind, way in fixes.items() if isinstance(outputs, kind)), "model(inputs).outputs")
         raise ValueError(
-            f"the network must map {batch_size} inputs to ({batch_size}, …) outputs, but it gives {found}: "
-            "pass forward=lambda model, inputs: outputs."
+            f"the network must give a tensor of ({batch_size}, …) outputs for {batch_size} inputs, but it gives "
+            f"{described(outputs)}: say which part of it, such as forward=lambda model, inputs: {fix}."
+        )
+    if outputs.ndim == 0 or len(outputs) != batch_size or not outputs.numel():
+        raise ValueError(
+            f"the network must map {batch_size} inputs to ({batch_size}, …) outputs, but it gives "
+            f"{tuple(outputs.shape)}: samples must be along the first axis, so pass a forward= that puts them there "
+            "(forward=lambda model, inputs: model(inputs).transpose(0, 1)), or an unpack= that gives such inputs."
         )
     return outputs
 
 
-def channel_axis(outputs: tuple[int, ...], channels: str) -> int | None:
+def channel_axis(outputs: tuple[int, ...] | None, channels: str) -> int | None:
     """Where the network's outputs (B, *outputs) have their C; None for (B,).
 
     "auto" takes the last axis of (B, C) and (B, L, C), and the first after B of (B, C, H, W).
@@ -208,27 +278,6 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def num_samples(inputs: Inputs) -> int:
-    """B, the length of the first axis of every tensor in `inputs`.
-
-    Raises:
-        TypeError: if there is no tensor in them.
-    """
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor):
-            return leaf.shape[0]
-    raise TypeError(
-        f"ELLA finds no tensor in inputs that are a {type(inputs).__name__}: pass unpack= that gives a tensor, or a "
-        "dict, list or tuple of them, such as dict(batch)."
-    )
-
-
-def rows(inputs: Inputs, part: slice) -> Inputs:
-    """Some of the samples of a batch."""
-    return tree_map(lambda leaf: leaf[part] if isinstance(leaf, Tensor) else leaf, inputs)
-
-
-def slices(total: int, size: int) -> list[slice]:
-    """0 … total in pieces of about the same size, `size` at most."""
-    size = max(1, ceil(total / max(1, ceil(total / size))))
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+def twice(inputs: Inputs) -> Inputs:
+    """A batch of one sample, with it a second time."""
+    return tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf, inputs)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,22 +11,24 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from . import artefact
+from .batches import Inputs, Picked, Unpack, as_tree, call, inputs_and_targets, plain
 from .curvature import curvature
-from .data import Inputs, Points, Unpack, as_tree, inputs_and_targets
+from .data import Points
 from .engine import Linearization
 from .evidence import Evidence, measure
 from .likelihoods import LIKELIHOODS
-from .linearize import Basis, Forward, as_function, call, version
+from .linearize import Basis, Forward, as_function, version
 from .posterior import SCALES, Posterior
 from .predictions import ClassPrediction, Gaussian, shaped
 from .residual import with_probes
 from .settings import Settings
 from .top import Selection
+from .view import Cast
 
 FORMAT = "lightning-ella 3"
 MAX_DRAWN = 2**28  # numbers S (K + m): a file may not ask for more
@@ -51,8 +54,15 @@ class ELLAPredictor(nn.Module):
         settings: the other numbers and names that predictions depend on: `likelihood`, `predictive`, `num_samples`,
             `seed`, `residual` (m), and those of `Linearization`.
         origin: says which weights these are, in the error that refuses others: the name of a checkpoint.
+        counted: names of parameters and buffers that a forward pass itself writes to, which are no weights.
+        batched: whether samples cannot be told apart by slicing the inputs, as in a batched graph.
+        quiet: whether how features are computed has been said.
+
+    It may be asked by several threads at once, while others call, move or train the network: what it evaluates is a
+    view of its own, and one thread is answered after the other.
     """
 
+    is_head_of_a_network = True  # a view of the network leaves it out
     model: nn.Module
     draws: Tensor
 
@@ -70,6 +80,9 @@ class ELLAPredictor(nn.Module):
         forward: Forward = call,
         settings: Mapping[str, Any],
         origin: str = "",
+        counted: Collection[str] = (),
+        batched: bool = False,
+        quiet: bool = False,
     ):
         super().__init__()
         # Not registered: the head may then be a submodule of the network, as in `module.ella = ELLAPredictor.load(…)`.
@@ -81,14 +94,29 @@ class ELLAPredictor(nn.Module):
         if len(next(iter(basis.values()))) == self.rank:
             with_probes(self._tangents, settings["residual"], settings["seed"])
         self.forward_function = forward
-        self.settings, self.origin = dict(settings), origin
+        self.settings, self.origin, self.batched = dict(settings), origin, batched
         self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
         self.draws = standard_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
-        self.fingerprint = fingerprint(model)
-        self._verified = _versions(model)
-        self._linearization = linearize(model, forward, settings, self._tangents)
+        self._quiet = quiet
+        self._linearization = self._linearized(forward)
+        self.counted = frozenset(counted) | self._linearization.network.view.counted
+        self.fingerprint = fingerprint(model, self.counted)
+        self._verified = _versions(model, self.counted)
         self._view: tuple[Forward, Linearization] | None = None
+        self._lock = threading.RLock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is made again: the view of the network and the lock."""
+        return {name: value for name, value in vars(self).items() if name not in ("_linearization", "_view", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a view of the network again."""
+        super().__setstate__(state)
+        self._linearization = self._linearized(self.forward_function)
+        self._verified = _versions(self.model, self.counted)
+        self._view, self._lock = None, threading.RLock()
+
+    @torch.compiler.disable
     def forward(self, inputs: Inputs) -> Any:
         """Predict for a batch; works under `inference_mode`, in train mode and on any device that the model is on.
 
@@ -103,9 +131,9 @@ class ELLAPredictor(nn.Module):
         return prediction.log_prob(targets) + (0 if kept is None else kept.others)
 
     def _predict(self, inputs: Inputs, targets: Tensor | None = None) -> tuple[Any, Selection | None]:
-        self._check_weights()
-        logits, features, kept = self._look(inputs, self._linearization, targets)
-        with as_function(self.model):
+        with self._lock, as_function():
+            self._check_weights()
+            logits, features, kept = self._look(inputs, self._linearization, targets)
             gaussian = Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
             prediction = self.likelihood.predict(gaussian, self.settings["predictive"], self.temperature.to(logits))
             prediction.axis = self.axis
@@ -123,8 +151,9 @@ class ELLAPredictor(nn.Module):
         Raises:
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
-        self._check_weights()
-        return self._look(inputs, self._linearization)[:2]
+        with self._lock:
+            self._check_weights()
+            return self._look(inputs, self._linearization)[:2]
 
     def sample_functions(self, num_functions: int, seed: int = 0) -> "SampledFunctions":
         """Draw S networks from the posterior, as functions that can be evaluated anywhere.
@@ -147,8 +176,9 @@ class ELLAPredictor(nn.Module):
         """
         if forward is None:
             self._refuse_top("outputs(inputs, forward)")
-        logits, features = self.features(inputs) if forward is None else self._look(inputs, self._through(forward))[:2]
-        with as_function(self.model):
+        with self._lock, as_function():
+            way = self._through(forward) if forward is not None else None
+            logits, features = self.features(inputs) if way is None else self._look(inputs, way)[:2]
             return Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
 
     def update(self, loader: DataLoader, unpack: Unpack = inputs_and_targets) -> Self:
@@ -175,9 +205,10 @@ class ELLAPredictor(nn.Module):
             loader: the training data, each of which is visited once.
             unpack: maps a batch to `(inputs, targets)`.
         """
-        both = self._curvature_of(loader, unpack, self._tangents)
-        with as_function(self.model, self._tangents):
-            return measure(self._linearization, Points(loader, unpack), self.likelihood, both, self.rank)
+        with self._lock:
+            both = self._curvature_of(loader, unpack, self._tangents)
+            with as_function():
+                return measure(self._linearization, Points(loader, unpack), self.likelihood, both, self.rank)
 
     @property
     def device(self) -> torch.device:
@@ -215,6 +246,8 @@ class ELLAPredictor(nn.Module):
             "settings": json.dumps(self.settings),
             "fingerprint": json.dumps(self.fingerprint),
             "origin": self.origin,
+            "counted": json.dumps(sorted(self.counted)),
+            "batched": json.dumps(self.batched),
         }
         basis = {f"basis.{name}": tangents for name, tangents in self.basis.items()}
         return artefact.write(path, {name: getattr(self, name) for name in _PARTS} | basis, metadata)
@@ -239,12 +272,14 @@ class ELLAPredictor(nn.Module):
             try:
                 origin, theirs = metadata["origin"], json.loads(metadata["fingerprint"])
                 theirs = {name: str(theirs[name]) for name in ("network", "weights")}
+                counted = [str(name) for name in json.loads(metadata.get("counted", "[]"))]
+                batched = bool(json.loads(metadata.get("batched", "false")))
                 settings = asdict(Settings(**json.loads(metadata["settings"])))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
-            _compare(theirs, fingerprint(model), f"the posterior in {path}", origin)
+            _compare(theirs, model, counted, f"the posterior in {path}", origin)
             _check_shapes(shapes, model, settings, path)
-            described.update(settings=settings, origin=origin)
+            described.update(settings=settings, origin=origin, counted=counted, batched=batched)
 
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         tensors, _ = artefact.read(path, FORMAT, device, accept)
@@ -254,18 +289,25 @@ class ELLAPredictor(nn.Module):
         if min(parts[name] for name in SCALES) <= 0:
             raise ValueError(f"{path} has a variance that is not positive: fit again.")
         basis = {name.removeprefix("basis."): tangents for name, tangents in tensors.items()}
-        settings, origin = described["settings"], described["origin"]
-        return cls(model, basis=basis, forward=forward, settings=settings, origin=origin, **parts)
+        return cls(model, basis=basis, forward=forward, **described, **parts)
 
     def _look(
         self, inputs: Inputs, linearization: Linearization, targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Selection | None]:
         top = self.settings["top_outputs"] if linearization is self._linearization else None
-        with as_function(self.model, self._tangents):
+        with self._lock, as_function():
             self._follow()
-            own = tree_map(_out_of_inference, as_tree(inputs))
+            own = self._told_apart(tree_map(_constant, plain(as_tree(inputs), self.device)), linearization)
             temperature = 1.0 if top is None else float(self.temperature)
             return linearization.look(own, self._tangents, top, targets, temperature)
+
+    def _told_apart(self, inputs: Inputs, linearization: Linearization) -> Inputs:
+        """Inputs whose samples can be told apart: those of a batched graph by the network's outputs."""
+        lengths = {len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim}
+        if isinstance(inputs, Picked) or (len(lengths) == 1 and not self.batched):
+            return inputs
+        outputs = linearization.network.outputs_of(inputs)
+        return Picked(inputs, torch.arange(len(outputs)))
 
     def _refuse_top(self, instead: str) -> None:
         if self.settings["top_outputs"] is not None:
@@ -284,12 +326,12 @@ class ELLAPredictor(nn.Module):
 
     def _curvature_of(self, loader: DataLoader, unpack: Unpack, tangents: Basis) -> Tensor:
         """Σ Ψᵀ Λ Ψ over the points of a loader."""
-        self._check_weights()
         points, top, how = Points(loader, unpack), self.settings["top_outputs"], self.settings["curvature"]
         if not len(points):
             raise ValueError("the loader has no points: pass one with data.")
         seeds = torch.arange(len(points))  # what is drawn for a point of a loader can be taken out by the same loader
-        with as_function(self.model, self._tangents):
+        with self._lock, as_function():
+            self._check_weights()
             self._follow()
             batches = tqdm(points.batches(range(len(points)), self.device), desc="ELLA curvature", unit="batch")
             return curvature(
@@ -299,27 +341,47 @@ class ELLAPredictor(nn.Module):
     def _through(self, forward: Forward) -> Linearization:
         """The network seen through another function; the last one is kept."""
         self._check_weights()
+        self._follow()
         if self._view is None or self._view[0] is not forward:
-            self._view = forward, linearize(self.model, forward, self.settings, self._tangents)
+            ours = self._linearization.network.view.tensors
+            self._view = forward, self._linearized(forward, lambda n, value: value.to(ours[n]) if n in ours else value)
         return self._view[1]
 
     def _check_weights(self) -> None:
-        versions = _versions(self.model)
+        versions = _versions(self.model, self.counted)
         if versions != self._verified:  # something wrote to the weights: see whether they changed
-            _compare(self.fingerprint, fingerprint(self.model), "this posterior", self.origin)
+            _compare(self.fingerprint, self.model, self.counted, "this posterior", self.origin)
             self._verified = versions
-            self._linearization = linearize(self.model, self.forward_function, self.settings, self._tangents)
-            self._view = None
 
     def _follow(self) -> None:
-        """Move the posterior to where the network is now."""
-        device = self._linearization.device
+        """Move the posterior, and the view, to where the network is now; its type is the predictor's own."""
+        device = next((p.device for p in self.model.parameters()), self._linearization.device)
+        if self._linearization.device != device:
+            types = {name: value.dtype for name, value in self._linearization.network.view.tensors.items()}
+            self._cast(lambda name, value: value.to(device, types.get(name, value.dtype)))
         if self.draws.device != device:
             self._map(lambda tensor: tensor.to(device))
 
+    def _cast(self, cast: Cast) -> None:
+        """Look at the network through a view with other tensors."""
+        self._linearization = self._linearized(self.forward_function, cast)
+        self._view = None
+
+    def _linearized(self, forward: Forward, cast: Cast = lambda _, value: value) -> Linearization:
+        made = linearize(self.model, forward, self.settings, self._tangents, cast)
+        made.layerwise.quiet = self._quiet
+        return made
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kind = fn(self.draws).dtype
+        if kind not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"a predictor works in float32 or float64, not in {kind}: fit with precision='bf16' instead."
+            )
         super()._apply(fn, recurse)
-        self._map(fn)
+        with self._lock:
+            self._map(fn)
+            self._cast(lambda _, value: fn(value))
         return self
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -345,7 +407,7 @@ class SampledFunctions:
     def __call__(self, inputs: Inputs) -> Tensor:
         """Logits (S, B, C), divided by the temperature: the softmax of each is what that network would say."""
         logits, features = self.predictor.features(inputs)
-        with as_function(self.predictor.model):
+        with as_function():
             gaussian = Gaussian(logits, self.predictor.posterior.factor(features), self.draws.to(features))
             tempered = self.predictor.likelihood.tempered(gaussian, self.predictor.temperature.to(logits))
             return shaped(tempered.samples(), self.predictor.axis, 2)
@@ -372,11 +434,15 @@ def novelty(features: Tensor, rank: int, *, centred: bool = True) -> Tensor:
 
 
 def linearize(
-    model: nn.Module, forward: Forward, settings: Mapping[str, Any], parameters: Collection[str] | None = None
+    model: nn.Module,
+    forward: Forward,
+    settings: Mapping[str, Any],
+    parameters: Collection[str] | None = None,
+    cast: Cast = lambda _, value: value,
 ) -> Linearization:
     """Linearise `model` as `settings` say, over the named parameters or those that require gradients."""
     names = ("engine", "precision", "samples_per_chunk", "tangents_per_chunk", "memory_budget", "channels")
-    return Linearization(model, forward, names=parameters, **{name: settings[name] for name in names})
+    return Linearization(model, forward, names=parameters, cast=cast, **{name: settings[name] for name in names})
 
 
 def standard_normal(num_samples: int, rank: int, seed: int) -> Tensor:
@@ -384,29 +450,43 @@ def standard_normal(num_samples: int, rank: int, seed: int) -> Tensor:
     return torch.randn(num_samples, rank, generator=torch.Generator().manual_seed(seed))
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of the names and shapes of a network's parameters and buffers, and of their values."""
+def fingerprint(model: nn.Module, without: Collection[str] = (), *, halved: bool = False) -> dict[str, str]:
+    """SHA-256 of the names and shapes of a network's parameters and buffers, and of their values.
+
+    Values of those in `without` do not count. `halved` takes float64 as float32.
+    """
     network, weights = hashlib.sha256(), hashlib.sha256()
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             network.update(f"{name} {tuple(value.shape)}\n".encode())
-            bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            weights.update(bits.numpy().data)
+            if name not in without:
+                value = value.float() if halved and value.dtype == torch.float64 else value
+                bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                weights.update(bits.numpy().data)
     return {"network": network.hexdigest(), "weights": weights.hexdigest()}
 
 
-def _compare(expected: dict[str, str], found: dict[str, str], what: str, origin: str) -> None:
+def _compare(expected: Mapping[str, str], model: nn.Module, without: Collection[str], what: str, origin: str) -> None:
+    """Raise a ValueError unless a network has the weights that are expected, in whatever type holds them exactly."""
+    found = fingerprint(model, without)
     if expected["network"] != found["network"]:
         raise ValueError(
             f"{what} belongs to a network with other layers: pass the network that it was fitted with, "
             "wrapped in the same module."
         )
-    if expected["weights"] != found["weights"]:
-        theirs = f"{origin}, {expected['weights'][:8]}" if origin else expected["weights"][:8]
+    if expected["weights"] in (found["weights"], fingerprint(model, without, halved=True)["weights"]):
+        return
+    kinds = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    if kinds:
         raise ValueError(
-            f"{what} was fitted at other weights ({theirs}; the network has {found['weights'][:8]}): "
-            "load the weights that it was fitted with, or fit again."
+            f"{what} was fitted at weights that {', '.join(map(str, kinds))}, the network's type now, does not hold: "
+            "load them again, in float32."
         )
+    theirs = f"{origin}, {expected['weights'][:8]}" if origin else expected["weights"][:8]
+    raise ValueError(
+        f"{what} was fitted at other weights ({theirs}; the network has {found['weights'][:8]}): "
+        "load the weights that it was fitted with, or fit again."
+    )
 
 
 def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[str, Any], path: Any) -> None:
@@ -423,11 +503,14 @@ def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[s
         raise ValueError(f"the tensors in {path} are not those of a posterior of this network ({wrong}): fit again.")
 
 
-def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
+def _versions(model: nn.Module, without: Collection[str]) -> tuple[tuple[int, int], ...]:
     """Changes whenever a weight or buffer is written to or replaced; costs no look at the values."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return tuple((tensor.data_ptr(), version(tensor)) for tensor in tensors)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return tuple((value.data_ptr(), version(value)) for name, value in named if name not in without)
 
 
-def _out_of_inference(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+def _constant(leaf: Any) -> Any:
+    """A tensor without a graph that may be saved for a backward pass."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.clone() if leaf.is_inference() else leaf.detach()

@@ -45,5 +45,5 @@ def with_probes(basis: dict[str, Tensor], count: int, seed: int) -> dict[str, Te
 
 def _halves(tangents: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(K, p) and (m, p), in float32 at least."""
-    precise = tangents.flatten(1).to(torch.promote_types(tangents.dtype, torch.float32))
+    precise = tangents.reshape(len(tangents), -1).to(torch.promote_types(tangents.dtype, torch.float32))
     return precise[:rank], precise[rank:]

@@ -31,7 +31,8 @@ class Settings:
             "auto" takes the last axis of three, the second of four.
         top_outputs: k, for vocabularies: of the outputs at each position the k likeliest are kept, and all others
             count as one; None keeps all.
-        num_landmarks: M, training inputs that the kernel is approximated from, one output of each.
+        num_landmarks: M, training inputs that the kernel is approximated from, one output of each; None takes 2,000,
+            or all where there are fewer.
         rank: K, directions of the kernel that are kept.
         landmarks: how the landmarks are drawn: "uniform-class" (classes in turn, as in the paper) or "uniform"; "auto"
             takes the first where every point has a class.
@@ -65,7 +66,7 @@ class Settings:
     noise: str = "shared"
     channels: str = "auto"
     top_outputs: int | None = None
-    num_landmarks: int = 2000
+    num_landmarks: int | None = None
     rank: int = 20
     landmarks: str = "auto"
     curvature: str = "exact"
@@ -108,11 +109,12 @@ class Settings:
         _one_of("engine", self.engine, ENGINES)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("basis_precision", self.basis_precision, PRECISIONS)
-        for name in ("num_landmarks", "rank", "num_samples"):
+        for name in ("rank", "num_samples"):
             _at_least_one(name, getattr(self, name))
         if self.top_outputs is not None and not LIKELIHOODS[self.likelihood].one_of_many:
             raise ValueError(f"top_outputs= is for likelihood='classification', not for {self.likelihood!r}.")
         for name in (
+            "num_landmarks",
             "top_outputs",
             "num_curvature",
             "num_calibration",
@@ -134,7 +136,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} must be a positive number, or None to choose it on unseen points.")
-        if self.rank > self.num_landmarks:
+        if self.num_landmarks is not None and self.rank > self.num_landmarks:
             raise ValueError(
                 f"rank={self.rank} is more than num_landmarks={self.num_landmarks} can span: "
                 f"pass rank={self.num_landmarks} or less, or more landmarks."

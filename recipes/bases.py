@@ -277,7 +277,7 @@ def main(config: DictConfig) -> None:
     for name, rule in RULES.items():
         generator = torch.Generator().manual_seed(config.seed)
         sizes = (config.ella.num_landmarks, config.ella.rank, config.ella.num_curvature)
-        with as_function(module):
+        with as_function():
             task = Task(Linearization(module), Points(data.ella_train_dataloader()), *sizes, generator)
             predictor, share = predictor_of(task, rule(task), config)
         rows[name] = {"curvature": share} | row(predictor, held_out, sets)

@@ -180,7 +180,7 @@ def jobs(config: DictConfig) -> dict[str, Callable[[Bench], Job]]:
 def measure_times(config: DictConfig) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds a sample of each job, round by round; and why some could not run."""
     bench, times, failures = build(config), {}, {}
-    with as_function(bench.model):
+    with as_function():
         ready = {}
         for name, make in jobs(config).items():
             try:
@@ -200,7 +200,7 @@ def measure_times(config: DictConfig) -> tuple[dict[str, list[float]], dict[str,
 def measure_memory(config: DictConfig, name: str, answer: Any) -> None:
     """Send the peak memory of one job in bytes; runs in a process of its own."""
     bench = build(config)
-    with as_function(bench.model):
+    with as_function():
         bench.model(bench.images[:1])
         before = memory("VmRSS")
         try:
@@ -283,7 +283,7 @@ def formula(config: DictConfig, bench: Bench) -> int:
     M, K, budget = config.num_landmarks, config.rank, config.memory_budget
     sizes, b = [p.numel() for p in bench.model.parameters()], 4
     P = sum(sizes)
-    with as_function(bench.model):
+    with as_function():
         linearization = Linearization(bench.model)
         measured = linearization.sizes(bench.images)
         a, C, largest = measured.activations, measured.num_outputs, measured.largest

@@ -37,7 +37,7 @@ def test_parts_equal_the_dense_computation_with_the_same_basis(case: Case):
     predictor = fit_ella(case.model, case.loader(), num_landmarks=40, rank=8, **GIVEN)
     V, J = flat(predictor.basis), case.jacobian()
     torch.testing.assert_close(V.T @ V, torch.eye(8).double(), rtol=0, atol=1e-9)
-    with as_function(case.model):
+    with as_function():
         _, features = Linearization(case.model).features(case.inputs, predictor.basis)
     torch.testing.assert_close(features, J @ V, rtol=1e-6, atol=1e-9)
     H = V.T @ case.ggn(J) @ V

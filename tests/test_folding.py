@@ -140,7 +140,7 @@ def test_features_are_exact_whether_or_not_it_folds(name: str, engine: str, imag
     jacobian = jacrev(lambda p: functional_call(net, p, (images,)))(taken)
     basis = {n: torch.randn(4, *p.shape, dtype=torch.float64) for n, p in taken.items()}
     exact = sum(torch.einsum("bcp,kp->bck", jacobian[n].reshape(5, 3, -1), v.view(4, -1)) for n, v in basis.items())
-    with as_function(net):
+    with as_function():
         linearization = Linearization(net, engine=engine)
         logits, features = linearization.features(images, basis)
         _, projections = linearization.projections(images, lambda f, _: f.sin(), basis)
@@ -155,7 +155,7 @@ def test_features_are_exact_whether_or_not_it_folds(name: str, engine: str, imag
 def test_it_does_not_fold_where_the_tangents_have_no_room(images: Tensor):
     net = Net().double().eval()
     basis = {n: torch.randn(4, *p.shape, dtype=torch.float64) for n, p in net.named_parameters()}
-    with as_function(net):
+    with as_function():
         roomy, tight = Linearization(net), Linearization(net, memory_budget=2**12)
         assert roomy._fold(images, basis)[0].pairs
         assert not tight._fold(images, basis)[0].pairs
@@ -166,7 +166,7 @@ def test_the_network_is_as_before_even_after_an_error(images: Tensor):
     net = Net().double().eval()
     before = net(images)
     network = Network(net)
-    with as_function(net):
+    with as_function():
         folding = find_folding(network, images, network.names.values())
         with pytest.raises(RuntimeError, match="broken"), folding.applied():
             raise RuntimeError("broken")
@@ -179,7 +179,7 @@ def test_what_is_folded_once_is_not_taken_for_another_basis():
     with torch.inference_mode():  # as where a predictor is loaded in a test step
         basis = {name: torch.randn(3, *value.shape).double() for name, value in case.model.named_parameters()}
     kept = {name: value.clone() for name, value in basis.items()}
-    with as_function(case.model):
+    with as_function():
         linearization = Linearization(case.model)
         assert linearization.features(case.inputs, basis)[1].equal(linearization.features(case.inputs, basis)[1])
         for factor in (2, 3):

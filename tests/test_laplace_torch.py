@@ -31,7 +31,7 @@ def test_same_covariance_with_the_same_basis(name: str):
         backend=laplace.curvature.CurvlinopsGGN,
     )
     peer.fit(case.loader())
-    with as_function(case.model):
+    with as_function():
         linearization = Linearization(case.model)
         parameters = linearization.parameters
         columns = peer.dual_directions.T.split([p.numel() for p in parameters.values()], dim=1)

@@ -23,7 +23,7 @@ def gradient_rows(linearization: Linearization, inputs, outputs: torch.Tensor) -
 def test_features_are_the_jacobian_times_the_basis(
     case: Case, engine: str, samples: int | None, directions: int | None
 ):
-    with as_function(case.model):
+    with as_function():
         linearization = Linearization(
             case.model, engine=engine, samples_per_chunk=samples, tangents_per_chunk=directions
         )
@@ -34,7 +34,7 @@ def test_features_are_the_jacobian_times_the_basis(
 
 
 def test_gradients_are_rows_of_the_jacobian(case: Case):
-    with as_function(case.model):
+    with as_function():
         rows = gradient_rows(Linearization(case.model), case.inputs, case.targets)
     expected = case.jacobian()[torch.arange(len(case)), case.targets]
     torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-9)
@@ -42,7 +42,7 @@ def test_gradients_are_rows_of_the_jacobian(case: Case):
 
 def test_projections_are_cotangents_times_jacobian_times_basis(case: Case):
     v = torch.randn(len(case), 3, dtype=torch.float64)
-    with as_function(case.model):
+    with as_function():
         linearization = Linearization(case.model, samples_per_chunk=len(case))
         basis = tangents(linearization, 4)
         logits, projections = linearization.projections(case.inputs, lambda _, part: v[part], basis)
@@ -61,7 +61,7 @@ def test_the_network_is_left_as_it_was(case: Case):
     next(case.model.children()).eval()
     modes = [module.training for module in case.model.modules()]
     state = {name: value.clone() for name, value in case.model.state_dict().items()}
-    with as_function(case.model):
+    with as_function():
         linearization = Linearization(case.model, engine="forward")
         linearization.features(case.inputs, tangents(linearization, 2))
         gradient_rows(linearization, case.inputs, case.targets)
@@ -72,14 +72,14 @@ def test_the_network_is_left_as_it_was(case: Case):
 
 def test_modes_come_back_after_an_error():
     model = nn.Dropout().train()
-    with pytest.raises(ValueError, match="it gives"), as_function(model):
+    with pytest.raises(ValueError, match="it gives"), as_function():
         Linearization(nn.LSTM(1, 1)).logits(model(torch.zeros(1, 1)))
     assert model.training
 
 
 def test_features_do_not_vanish_in_inference_mode():
     case = make_case("mlp")
-    with torch.inference_mode(), as_function(case.model):
+    with torch.inference_mode(), as_function():
         linearization = Linearization(case.model, engine="forward")
         basis = tangents(linearization, 2)
         _, features = linearization.features(case.inputs, basis)
@@ -90,7 +90,7 @@ def test_shared_weights_are_one_parameter():
     case = make_case("mlp")
     case.model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
     case.model[2].weight = case.model[0].weight
-    with as_function(case.model):
+    with as_function():
         linearization = Linearization(case.model)
         basis = tangents(linearization, 4)
         _, features = linearization.features(case.inputs, basis)
@@ -101,7 +101,7 @@ def test_shared_weights_are_one_parameter():
 def test_compiled_networks_run_eagerly():
     case = make_case("mlp")
     compiled = torch.compile(case.model, backend="inductor")  # would fail under forward mode, and take minutes
-    with as_function(compiled):
+    with as_function():
         linearization = Linearization(compiled, engine="forward")
         basis = tangents(linearization, 2)
         _, features = linearization.features(case.inputs, basis)
@@ -120,7 +120,7 @@ def test_compiled_networks_run_eagerly():
 def test_unusable_networks_are_refused(model: nn.Module, message: str):
     model.register_parameter("extra", next(iter(model.parameters()), nn.Parameter(torch.zeros(1))))
     x = torch.randn(3, 3, dtype=next(model.parameters()).dtype)
-    with pytest.raises(ValueError, match=message), as_function(model):
+    with pytest.raises(ValueError, match=message), as_function():
         Linearization(model).logits(x)
 
 
@@ -128,5 +128,5 @@ def test_infinite_outputs_are_refused():
     case = make_case("mlp")
     with torch.no_grad():
         case.model[2].bias[0] = torch.inf
-    with pytest.raises(ValueError, match="NaN or infinite"), as_function(case.model):
+    with pytest.raises(ValueError, match="NaN or infinite"), as_function():
         Linearization(case.model).logits(case.inputs)

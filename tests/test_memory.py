@@ -114,7 +114,7 @@ def test_all_products_keep_pages(product: str, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("lightning_ella.engine.keeping_pages", recorded)
     case = make_case("mlp")
-    with as_function(case.model):
+    with as_function():
         linearization = Linearization(case.model)
         basis = {name: torch.randn(2, *p.shape, dtype=p.dtype) for name, p in linearization.parameters.items()}
         calls = {
@@ -136,7 +136,7 @@ def test_two_samples_are_taken_beyond_the_working_set_if_the_budget_allows(budge
 
 def test_forward_mode_takes_two_samples_at_least():
     case = make_case("mlp")
-    with as_function(case.model):
+    with as_function():
         linearization = Linearization(case.model, engine="forward", memory_budget=2**31)
         linearization.sizes(case.inputs)
         linearization._sizes = Sizes(3, 10**8, 2**26)

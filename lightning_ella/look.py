@@ -1,0 +1,207 @@
+"""A look at network and data: from a few points, what can be known before anything is computed with many."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .basis import sketch_numbers
+from .batches import Inputs, Picked, num_samples, rows
+from .data import Points
+from .engine import Linearization
+from .likelihoods import LIKELIHOODS
+from .linearize import Network, hooked
+from .observations import checked, weights_of
+from .settings import Settings
+
+log = logging.getLogger(__name__)
+
+POINTS = 8  # that are looked at
+ALONE = 3  # of them, one by one
+ROUNDING = 1000  # units in the last place that two evaluations may differ by, of the largest output
+MOST = 0.05  # of it, however few places there are (bfloat16)
+# What reshapes outputs, but changes no number.
+RESHAPING = {
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+    "Permute",
+    "T",
+    "Select",
+    "Slice",
+}
+
+
+def look(
+    linearization: Linearization, train: Points, held_out: Points | None, settings: Settings
+) -> tuple[Inputs, Tensor]:
+    """Return a few training inputs and their outputs (b, *, C), if network and data can be used.
+
+    Raises:
+        ValueError, TypeError: if not; the message names the fix.
+    """
+    assert settings.num_landmarks is not None
+    if len(train) < settings.num_landmarks:
+        raise ValueError(
+            f"num_landmarks={settings.num_landmarks}, but there are only {len(train)} training points: "
+            f"pass num_landmarks={len(train)} or less, or leave it out."
+        )
+    budget = linearization.memory_budget // 2
+    sketch_numbers(
+        settings.num_landmarks, linearization.parameters, settings.rank, budget
+    )  # refuses too small a budget
+    found = _try(linearization, train, settings)
+    if held_out is not None:
+        _try(linearization, held_out, settings)
+    if not train.is_repeatable():
+        log.warning(
+            "ELLA: the training data look different each time (augmentation?). Pass train_loader= a loader without "
+            "augmentation, or give the datamodule an ella_train_dataloader()."
+        )
+    return found
+
+
+def _try(linearization: Linearization, points: Points, settings: Settings) -> tuple[Inputs, Tensor]:
+    """The first few of the points and their outputs, if the network can be evaluated and differentiated there."""
+    few = range(min(POINTS, len(points)))
+    inputs, targets, weights = next(iter(points.batches(few, linearization.device)))
+    logits = linearization.logits(inputs)
+    likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
+    outputs = linearization.at_positions(logits)
+    known = checked(likelihood, outputs, targets, linearization.axis)
+    if not (weights_of(likelihood, known, weights) > 0).any():
+        log.warning("ELLA: none of the first %d points has a target that counts.", len(logits))
+    same_each_time(linearization.network, inputs)
+    same_alone(linearization.network, inputs)
+    _shortcuts(linearization.network, inputs, logits)
+    if settings.likelihood in PROBABILITIES:
+        no_probabilities(linearization.network, inputs, *PROBABILITIES[settings.likelihood])
+    next(linearization.gradients(inputs, torch.zeros(len(logits), dtype=torch.long, device=logits.device)))
+    return inputs, outputs
+
+
+def same_each_time(network: Network, inputs: Inputs) -> None:
+    """Raise a ValueError if the network gives other outputs the second time."""
+    with _recorded(network) as first:
+        one = network(inputs)
+    with _recorded(network) as second:
+        other = network(inputs)
+    if _differ(one, other, first):
+        raise ValueError(
+            f"the same inputs give other outputs the second time, although the network is in eval mode: something in "
+            f"{_culprit(network, first, second)} is random, such as a dropout with training=True. Leave it out, by "
+            "forward= say: the posterior is to be the uncertainty."
+        )
+
+
+def same_alone(network: Network, inputs: Inputs) -> None:
+    """Raise a ValueError if the outputs of a sample depend on the batch that it is in."""
+    with _recorded(network) as together:
+        outputs = network(inputs)
+    for b in range(min(ALONE, num_samples(inputs))) if not isinstance(inputs, Picked) else ():
+        with _recorded(network) as alone:
+            one = network(rows(inputs, slice(b, b + 1)))
+        if one.shape[1:] == outputs.shape[1:] and _differ(one, outputs[b : b + 1], together, outputs):
+            raise ValueError(
+                "the network's outputs for a sample depend on the other samples of its batch, by "
+                f"{_culprit(network, alone, together, b)} (statistics of the batch, as a BatchNorm has them with "
+                "track_running_stats=False?). Pass a forward= that looks at each sample alone."
+            )
+
+
+def no_probabilities(network: Network, inputs: Inputs, operation: str, one_row: bool, fix: str) -> None:
+    """Raise a ValueError if the outputs are probabilities instead of what their softmax or sigmoid is taken of."""
+    with torch.enable_grad():
+        outputs = network(inputs)
+    shaped = network.at_positions(outputs.detach(), None if not network.output_shape else _axis(network.output_shape))
+    inside = bool(((shaped >= 0) & (shaped <= 1)).all())
+    sums = one_row and shaped.shape[-1] > 1 and bool(((shaped.sum(-1) - 1).abs() < 1e-4).all())
+    if inside and (sums or _last_operation(outputs) == operation):
+        raise ValueError(
+            f"the network's outputs are probabilities already, but ELLA takes the {operation.lower()} of them itself: "
+            f"pass forward=lambda module, inputs: module(inputs){fix}, or leave out the last {operation.lower()}."
+        )
+
+
+# likelihood -> what would make probabilities of outputs, whether they add up to one, and how to undo it
+PROBABILITIES = {
+    "classification": ("Softmax", True, ".log()"),
+    "binary": ("Sigmoid", False, ".logit()"),
+    "multilabel": ("Sigmoid", False, ".logit()"),
+    "ordinal": ("Sigmoid", False, ".logit()"),
+}
+
+
+def _axis(shape: tuple[int, ...]) -> int:
+    return 1 if len(shape) > 2 else -1
+
+
+def _last_operation(outputs: Tensor) -> str:
+    """The name of what made the outputs, in autograd's graph."""
+    node = outputs.grad_fn
+    while node is not None:
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        if name not in RESHAPING or not node.next_functions:
+            return name
+        node = node.next_functions[0][0]
+    return ""
+
+
+def _shortcuts(network: Network, inputs: Inputs, logits: Tensor) -> None:
+    """Warn where the network computes another function without gradients than the one that was trained."""
+    if network.takes_shortcuts and not torch.allclose(network(inputs), logits, rtol=1e-3, atol=1e-4):
+        log.warning(
+            "ELLA: without gradients, torch's nn.TransformerEncoder takes a shortcut that makes padded positions zero, "
+            "and the network's outputs are others than in training. Means are those of eval mode, variances those of "
+            "the function that was trained: leave padded positions out of what forward() averages, or call "
+            "torch.backends.mha.set_fastpath_enabled(False)."
+        )
+
+
+Record = list[tuple[nn.Module, list[Tensor], list[Tensor]]]  # calls as they end: module, inputs, outputs
+
+
+@contextmanager
+def _recorded(network: Network) -> Iterator[Record]:
+    found: Record = []
+
+    def record(module: nn.Module, args: tuple, output: Any) -> None:
+        found.append((module, _tensors(args), _tensors(output)))
+
+    with hooked(network.model.modules(), record):
+        yield found
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf.clone() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _culprit(network: Network, ones: Record, others: Record, row: int | None = None) -> str:
+    """The first module whose outputs differ where its inputs do not."""
+    pick: Callable[[Tensor], Tensor] = lambda t: t if row is None or not t.ndim else t[row : row + 1]  # noqa: E731
+    names = {module: name for name, module in network.model.named_modules()}
+    for (module, args, outputs), (_, other_args, other_outputs) in zip(ones, others, strict=False):
+        if _same(args, map(pick, other_args)) and not _same(outputs, map(pick, other_outputs)):
+            kind = type(module).__name__
+            return f"{names[module]} ({kind})" if names.get(module) else f"{kind}.forward()"
+    return "its forward()"
+
+
+def _same(ones: Any, others: Any) -> bool:
+    pairs = list(zip(ones, others, strict=False))
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+
+
+def _differ(one: Tensor, other: Tensor, record: Record, scale: Tensor | None = None) -> bool:
+    """Whether two evaluations differ by more than rounding, in the coarsest type that the network computes in."""
+    kinds = {one.dtype, *(tensor.dtype for _, _, outputs in record for tensor in outputs)}
+    allowed = min(MOST, ROUNDING * max(torch.finfo(kind).eps for kind in kinds))
+    return bool((one - other).abs().max() > allowed * (one if scale is None else scale).abs().max())

@@ -1,0 +1,484 @@
+"""The network as a value: modules of our own that share the user's storage.
+
+Whatever a derivative needs for a moment (other weights, hooks, folded layers, eval mode) happens to the view. The
+user's module is only read, so that other threads may call it, move it and train it meanwhile.
+"""
+
+import copy
+import functools
+import threading
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+Cast = Callable[[str, Tensor], Tensor]  # name of a parameter or buffer ("" for other tensors), and its value
+Table = dict[str, Any]
+
+CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)  # that are copied, so that appending reaches no user
+FOREIGN = {"lightning", "pytorch_lightning", "lightning_fabric"}  # trainers and loggers, which know the whole program
+UNSEEN = ("_backward_hooks", "_backward_pre_hooks")  # change no outputs, and might keep gradients for their owner
+SILENT = ("log", "log_dict")  # a LightningModule may log in `forward`; what ELLA asks is nobody's metric
+ROUNDS = 10  # of looking for what a forward pass writes to: one write may lead to another
+
+
+class View:
+    """A structural copy of a network: its own modules, in eval mode, over tensors that share the user's storage.
+
+    It is made by place: a module or tensor that is found under two names is one in the copy, too. Modules in plain
+    lists, closures, partials, bound methods, hooks and objects of the user's are followed.
+
+    Args:
+        model: the network.
+        taken: names of the parameters that require gradients in the view; None for those that do in the network.
+        cast: what becomes of each tensor, such as a move to another device.
+    """
+
+    def __init__(self, model: nn.Module, taken: Collection[str] | None = None, cast: Cast = lambda _, value: value):
+        self.copied = _Copier(model, taken, cast)
+        self.root: nn.Module = self.copied(model)
+        modules = list(self.root.modules())
+        named = [*self.root.named_buffers(), *self.root.named_parameters()]
+        names = {id(value): name for name, value in named}
+        # What each table of a module should hold: its attributes, parameters and buffers.
+        self._tables = [(vars(module), dict(vars(module))) for module in modules]
+        self._attributes = {module: held for module, (_, held) in zip(modules, self._tables, strict=True)}
+        self._places: dict[str, list[tuple[Table, str, Table]]] = {}
+        for module in modules:
+            for table in (module._parameters, module._buffers):
+                held = dict(table)
+                if not isinstance(module, torch.jit.ScriptModule):
+                    self._tables.append((table, held))
+                for attribute, value in held.items():
+                    if value is not None:
+                        self._places.setdefault(names[id(value)], []).append((table, attribute, held))
+        self.counted: frozenset[str] = frozenset()  # names of what a forward pass itself writes to: no weights
+        self._counters: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers, by name."""
+        return {name: places[0][2][places[0][1]] for name, places in self._places.items()}
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let other tensors stand in for parameters and buffers, by name."""
+        places = [(*place, value) for name, value in values.items() for place in self._places[name]]
+        originals = [held[attribute] for _, attribute, held, _ in places]
+        try:
+            for table, attribute, held, value in places:
+                table[attribute] = held[attribute] = value
+            yield
+        finally:
+            for (table, attribute, held, _), original in zip(places, originals, strict=True):
+                table[attribute] = held[attribute] = original
+
+    @contextmanager
+    def patched(self, module: nn.Module, **attributes: Any) -> Iterator[None]:
+        """Give a module of the view other attributes."""
+        table, held = vars(module), self._attributes[module]
+        originals = {name: table[name] for name in attributes if name in table}
+        table.update(attributes)
+        held.update(attributes)
+        try:
+            yield
+        finally:
+            for name in attributes:
+                table.pop(name, None)
+                held.pop(name)
+            table.update(originals)
+            held.update(originals)
+
+    def restore(self) -> None:
+        """Forget what a forward pass left on the modules: caches, states, counts, values of a transformation."""
+        for table, held in self._tables:
+            if len(table) != len(held) or not all(map(_is_same, table.values(), held.values())):
+                table.clear()
+                table.update(held)
+        for value, before in self._counters:
+            value.data.copy_(before)
+
+    def settle(self, evaluate: Callable[[], Any]) -> None:
+        """Find out, by forward passes that are thrown away, what they write to, and give the view copies of its own.
+
+        Raises:
+            ValueError: if the network reaches tensors of its own in a way that the view does not follow.
+        """
+        for _ in range(ROUNDS):
+            with _Watch(self.copied) as watch:
+                evaluate()
+            self.restore()
+            if watch.leaked:
+                raise ValueError(
+                    f"the network reaches its {watch.leaked} in a way that ELLA cannot follow (a global variable?): "
+                    "let forward= use the module that it is given, and make the modules that it needs attributes of it."
+                )
+            if not watch.written:
+                return
+            for alias in self.copied.aliases:
+                if _storage(alias) in watch.written:
+                    alias.data = alias.data.clone()
+            self._count(evaluate)
+
+    def _count(self, evaluate: Callable[[], Any]) -> None:
+        """Find the parameters and buffers whose values a forward pass changes, and put them back."""
+        before = {name: value.detach().clone() for name, value in self.tensors.items() if not self.copied.shares(value)}
+        with _Watch(self.copied):
+            evaluate()
+        changed = {name for name, value in before.items() if not torch.equal(self.tensors[name], value)}
+        self.counted |= changed
+        for name in changed:
+            self.tensors[name].data.copy_(before[name])
+        self._counters = [
+            (value, before[name])
+            for name, value in self.tensors.items()
+            if name in changed and not isinstance(value, nn.Parameter)
+        ]
+        self.restore()
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _storage(tensor: Tensor) -> int:
+    """Where its numbers are; 0 for tensors without."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, or of a kind that hides it
+        return 0
+
+
+class _Eager(nn.Module):
+    """A network that was compiled, as it was."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__["_modules"]
+        return own[name] if name in own else getattr(own["_orig_mod"], name)
+
+
+class _Copier:
+    """Copies what belongs to a network, each thing once."""
+
+    def __init__(self, model: nn.Module, taken: Collection[str] | None, cast: Cast):
+        self._taken, self._cast = taken, cast
+        named = [*model.named_buffers(), *model.named_parameters()]
+        self.originals: dict[int, tuple[str, Tensor]] = {id(value): (name, value) for name, value in named}
+        self.aliases: list[Tensor] = []
+        self._modules = {id(module) for module in model.modules()}
+        self._made: dict[int, Any] = {}  # by the original's id
+        self._reaching: dict[int, bool] = {}
+        self._kept: list[Any] = []  # ids are not used again meanwhile
+
+    def __call__(self, value: Any) -> Any:
+        """The copy, or the value itself where it knows nothing of the network."""
+        if id(value) in self._made:
+            return self._made[id(value)]
+        if isinstance(value, Tensor):
+            return self._done(value, self._tensor(value))
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if type(value) in CONTAINERS:
+            return self._container(value)
+        return self._other(value) if self._reaches(value) else value
+
+    def shares(self, alias: Tensor) -> bool:
+        """Whether a tensor of the view has the user's storage."""
+        return _storage(alias) in self.storages
+
+    @functools.cached_property
+    def storages(self) -> dict[int, str]:
+        """The user's."""
+        return {_storage(value): name for name, value in self.originals.values()}
+
+    def _done(self, value: Any, made: Any) -> Any:
+        self._made[id(value)] = made
+        self._kept.append(value)
+        return made
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        name = self.originals.get(id(value), ("", value))[0]
+        with torch.inference_mode(False), torch.no_grad():
+            alias = self._cast(name, value.clone() if value.is_inference() else value.detach())
+        if isinstance(value, nn.Parameter):
+            wanted = value.requires_grad if self._taken is None else name in self._taken
+            alias = nn.Parameter(alias, wanted) if type(alias) is Tensor else alias.requires_grad_(wanted)
+        if vars(value):
+            vars(alias).update(vars(value))
+        self.originals.setdefault(id(value), ("a tensor", value))
+        self.aliases.append(alias)
+        return alias
+
+    def _module(self, module: nn.Module) -> Any:
+        if getattr(module, "is_head_of_a_network", False):  # a predictor that was put on its own network
+            return None
+        if isinstance(module, torch.jit.ScriptModule):
+            return self._scripted(module)
+        made = self._done(module, object.__new__(_Eager if isinstance(module, OptimizedModule) else type(module)))
+        attributes = vars(module) if not isinstance(made, _Eager) else vars(nn.Module()) | {"_modules": module._modules}
+        found = {n: OrderedDict() if n in UNSEEN else self(value) for n, value in attributes.items()}
+        found |= {"training": False, "_compiled_call_impl": None}
+        heads = {name for name, child in module._modules.items() if child is not None and self(child) is None}
+        found["_modules"] = {name: child for name, child in found["_modules"].items() if name not in heads}
+        found |= {name: _say_nothing for name in SILENT if hasattr(module, "_trainer") and hasattr(module, name)}
+        vars(made).update(found)
+        for base in type(module).__mro__:
+            slots = vars(base).get("__slots__", ())
+            for slot in (slots,) if isinstance(slots, str) else slots:
+                if slot not in ("__dict__", "__weakref__") and hasattr(module, slot):
+                    object.__setattr__(made, slot, self(getattr(module, slot)))
+        return made
+
+    def _scripted(self, module: torch.jit.ScriptModule) -> Any:
+        """A script cannot be taken apart: it is copied with its tensors."""
+        made = self._done(module, copy.deepcopy(module).eval())
+        for ours, theirs in (
+            *zip(made.parameters(), module.parameters(), strict=True),
+            *zip(made.buffers(), module.buffers(), strict=True),
+        ):
+            name = self.originals[id(theirs)][0]
+            if isinstance(theirs, nn.Parameter):
+                ours.requires_grad_(theirs.requires_grad if self._taken is None else name in self._taken)
+            ours.data = self._cast(name, ours.data)
+            self._done(theirs, ours)
+        return made
+
+    def _container(self, value: Any) -> Any:
+        made = self._done(value, copy.copy(value))
+        if isinstance(value, Mapping):
+            made.update({key: self(item) for key, item in value.items()})
+        elif isinstance(value, set):
+            made.clear()
+            made.update(self(item) for item in value)
+        else:
+            for place, item in enumerate(value):
+                made[place] = self(item)
+        return made
+
+    def _other(self, value: Any) -> Any:
+        """A copy of something that holds a module or tensor of the network somewhere."""
+        if isinstance(value, types.MethodType):
+            return self._done(value, types.MethodType(self(value.__func__), self(value.__self__)))
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, weakref.ref):
+            return self._done(value, type(value)(self(value())))
+        if isinstance(value, tuple):
+            items = [self(item) for item in value]
+            return self._done(value, type(value)(*items) if hasattr(value, "_fields") else type(value)(items))
+        if isinstance(value, frozenset):
+            return self._done(value, frozenset(map(self, value)))
+        if isinstance(value, functools.partial):
+            made = type(value)(self(value.func), *self(value.args), **self(value.keywords))
+            vars(made).update(self(vars(value)))
+            return self._done(value, made)
+        made = self._done(value, copy.copy(value))  # an object of the user's
+        if isinstance(value, dict):
+            for key, item in value.items():
+                dict.__setitem__(made, key, self(item))
+        elif isinstance(value, list):
+            for place, item in enumerate(value):
+                list.__setitem__(made, place, self(item))
+        if hasattr(value, "__dict__"):
+            vars(made).update({name: self(item) for name, item in vars(value).items()})
+        return made
+
+    def _function(self, function: types.FunctionType) -> Any:
+        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        named = {n: v for n in function.__code__.co_names if id(v := function.__globals__.get(n)) in self._modules}
+        known = function.__globals__ | {name: self(module) for name, module in named.items()}
+        made = types.FunctionType(
+            function.__code__, known if named else function.__globals__, function.__name__, function.__defaults__, cells
+        )
+        self._done(function, made)
+        for cell, original in zip(cells, function.__closure__ or (), strict=True):
+            if (held := _content(original)) is not cell:
+                cell.cell_contents = self(held)
+        made.__kwdefaults__ = self(function.__kwdefaults__)
+        made.__defaults__ = self(function.__defaults__)
+        vars(made).update(self(vars(function)))
+        return made
+
+    def _reaches(self, value: Any) -> bool:
+        """Whether something holds a module or tensor of the network, at any depth that belongs to the user."""
+        seen: set[int] = set()
+        stack = [value]
+        while stack:
+            item = stack.pop()
+            if id(item) in self._modules or id(item) in self.originals:
+                return True
+            if id(item) in seen or isinstance(item, (*_ATOMS, nn.Module, Tensor)):
+                continue
+            seen.add(id(item))
+            stack += _parts(item)
+        return False
+
+
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.dtype, torch.device)
+
+
+def _content(cell: types.CellType) -> Any:
+    """What a cell holds; the cell itself where it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell
+
+
+def _parts(item: Any) -> list[Any]:
+    """What an object holds, as far as it is the user's own."""
+    if isinstance(item, types.MethodType):
+        return [item.__func__, item.__self__]
+    if isinstance(item, types.FunctionType):
+        named = [item.__globals__.get(name) for name in item.__code__.co_names]
+        held = [_content(cell) for cell in item.__closure__ or ()]
+        modules = [value for value in named if isinstance(value, nn.Module)]
+        defaults = [*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
+        return [*held, *modules, *defaults, *vars(item).values()]
+    if isinstance(item, weakref.ref):
+        return [item()]
+    if isinstance(item, functools.partial):
+        return [item.func, *item.args, *item.keywords.values(), *vars(item).values()]
+    if isinstance(item, Mapping):
+        return [*item.values(), *getattr(item, "__dict__", {}).values()]
+    if isinstance(item, (list, tuple, set, frozenset, deque)):
+        return [*item, *getattr(item, "__dict__", {}).values()]
+    foreign = any(base.__module__.split(".")[0] in FOREIGN for base in type(item).__mro__)
+    return [] if foreign else list(getattr(item, "__dict__", {}).values())
+
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None:
+    """Log nothing."""
+
+
+class _Watch(TorchDispatchMode):
+    """Sees, in forward passes whose outputs nobody needs, which of the user's storage would be written to.
+
+    The write goes to a copy. What reaches a tensor of the user's own, instead of the view's, is `leaked`.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, copied: _Copier):
+        super().__init__()
+        self._copied, self._leaks = copied, _Leaks(copied)
+        self.written: set[int] = set()
+
+    def __enter__(self) -> "_Watch":
+        super().__enter__()
+        self._leaks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._leaks.__exit__(*error)
+        super().__exit__(*error)
+
+    @property
+    def leaked(self) -> str:
+        """Its name."""
+        return self._leaks.found
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Call `function` with copies of what it would write to."""
+        kwargs, args = dict(kwargs or {}), list(args)
+        schema = getattr(function, "_schema", None)  # an operator of higher order has none
+        for place, argument in enumerate(schema.arguments if schema else ()):
+            if _writes(function, args, place, argument):
+                where, key = (args, place) if place < len(args) else (kwargs, argument.name)
+                if where is args or key in kwargs:
+                    where[key] = tree_map(self._own, where[key])
+        return function(*args, **kwargs)
+
+    def _own(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and (place := _storage(value)) in self._copied.storages and place:
+            self.written.add(place)
+            return value.clone()
+        return value
+
+
+def _writes(function: Any, args: list, place: int, argument: Any) -> bool:
+    """Whether an operation writes to an argument; a BatchNorm that trains does not say so."""
+    statistics = argument.name in ("running_mean", "running_var") and len(args) > 5 and args[5] is True
+    return statistics or (argument.alias_info is not None and argument.alias_info.is_write)
+
+
+class _Leaks(TorchFunctionMode):
+    """Sees which of the user's own tensors are used."""
+
+    def __init__(self, copied: _Copier):
+        super().__init__()
+        self._copied, self.found = copied, ""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Call `function`."""
+        for leaf in tree_leaves((args, kwargs)):
+            name, original = self._copied.originals.get(id(leaf), ("", None))
+            if original is leaf and isinstance(leaf, Tensor) and name and name != "a tensor":
+                self.found = name
+        return function(*args, **(kwargs or {}))
+
+
+class PlainAttention(TorchFunctionMode):
+    """Attention by operations that all have rules, for this thread alone.
+
+    Fused kernels have no forward mode. While a mode is active, `nn.TransformerEncoder` takes no shortcut either.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Call `function`, or what stands in for it."""
+        kwargs = kwargs or {}
+        return _attention(*args, **kwargs) if function is scaled_dot_product_attention else function(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    plain = torch.ops.aten._scaled_dot_product_attention_math
+    return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)[0]
+
+
+class _Stance:
+    """What was compiled runs eagerly while any thread asks for that; the last one puts back what was."""
+
+    def __init__(self):
+        self._lock, self._count, self._entered = threading.Lock(), 0, None
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        with self._lock:
+            if self._count == 0:
+                self._entered = torch.compiler.set_stance("force_eager")
+                self._entered.__enter__()
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+                if self._count == 0 and self._entered is not None:
+                    self._entered.__exit__(None, None, None)
+                    self._entered = None
+
+
+eager = _Stance().eager
