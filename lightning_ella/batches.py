@@ -110,7 +110,9 @@ def plain(tree: Any, device: torch.device | str) -> Any:
         if isinstance(leaf, Tensor):
             if type(leaf) is not Tensor and not is_traceable_wrapper_subclass(leaf):
                 leaf = leaf.as_subclass(Tensor)
-            return leaf.to(device, non_blocking=True)
+            return leaf.to(
+                device, non_blocking=torch.device(device).type != "cpu"
+            )  # a copy from there must be waited for
         if _moves_itself(leaf):
             moved = copy.copy(leaf)  # what it is made of is replaced in place
             result = moved.to(device)
@@ -202,9 +204,9 @@ def inputs_and_targets(batch: Any) -> tuple[Inputs, Tensor]:
 
 
 @contextmanager
-def telling() -> Iterator[None]:
+def telling(on: bool = True) -> Iterator[None]:
     """Log what `inputs_and_targets` takes for what."""
-    token = _TELLING.set(True)
+    token = _TELLING.set(on)
     try:
         yield
     finally:

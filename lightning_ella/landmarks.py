@@ -22,8 +22,8 @@ class Landmarks(NamedTuple):
 
 def uniform(points: Points, num_landmarks: int, num_outputs: int, generator: Generator) -> Landmarks:
     """Draw inputs uniformly without replacement; the output of each uniformly."""
-    numbers = torch.randperm(len(points), generator=generator)[:num_landmarks]
-    return Landmarks(numbers.tolist(), _uniform_outputs(len(numbers), num_outputs, generator))
+    numbers = torch.randperm(len(points.numbers), generator=generator)[:num_landmarks]
+    return _landmarks(points, numbers, num_outputs, generator)
 
 
 def class_balanced(points: Points, num_landmarks: int, num_outputs: int, generator: Generator) -> Landmarks:
@@ -32,7 +32,7 @@ def class_balanced(points: Points, num_landmarks: int, num_outputs: int, generat
     Classes take turns until there are enough; one that runs out leaves its turns to the others. Where the dataset has
     no `.targets`, only four times as many points as landmarks are read for their labels.
     """
-    order = torch.randperm(len(points), generator=generator)
+    order = torch.randperm(len(points.numbers), generator=generator)
     candidates = order if points.targets is not None else order[: 4 * num_landmarks]
     labels = points.labels(candidates.tolist())
     labels = labels.long() if labels.dtype == torch.bool else labels
@@ -46,7 +46,7 @@ def class_balanced(points: Points, num_landmarks: int, num_outputs: int, generat
         same = labels == label
         turn[same] = torch.arange(int(same.sum()), dtype=turn.dtype)
     numbers = candidates[torch.argsort(turn, stable=True)[:num_landmarks]]
-    return Landmarks(numbers.tolist(), _uniform_outputs(len(numbers), num_outputs, generator))
+    return _landmarks(points, numbers, num_outputs, generator)
 
 
 def automatic(points: Points, num_landmarks: int, num_outputs: int, generator: Generator) -> Landmarks:
@@ -65,5 +65,6 @@ LANDMARKS: dict[str, Rule] = {
 }
 
 
-def _uniform_outputs(count: int, num_outputs: int, generator: Generator) -> Tensor:
-    return torch.randint(num_outputs, (count,), generator=generator)
+def _landmarks(points: Points, numbers: Tensor, num_outputs: int, generator: Generator) -> Landmarks:
+    outputs = torch.randint(num_outputs, (len(numbers),), generator=generator)
+    return Landmarks(points.arranged(numbers.tolist()), outputs)
