@@ -2,36 +2,41 @@
 
 import copy
 import functools
-import gc
+import glob
+import itertools
+import json
 import logging
 import os
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from torch.utils.data import DataLoader
 
+from . import trainers
 from .data import Points, Unpack, inputs_and_targets
 from .distributed import World
-from .fit import Fit, Progress, check, run, silent
-from .linearize import Forward, Parameters, call, num_samples
-from .predictor import ELLAPredictor
+from .fit import Fit, check, run
+from .linearize import Parameters, call
+from .outcomes import Outcome, Record, Refusal, Shared, records
+from .pickling import LeftOut, portable
+from .predictor import ELLAPredictor, fingerprint
 from .settings import Settings
 from .stages import Stages
+from .untouched import AS_BEFORE, Remembered, digest, remembered
 
 log = logging.getLogger(__name__)
+
+ARGUMENTS = ("unpack", "forward", "parameters", "train_loader", "calibration_loader")  # which pickle may not keep
+AGAIN = "Mend it and fit again from the checkpoint, with max_epochs=0"
 
 
 class ELLACallback(Callback):
@@ -39,7 +44,8 @@ class ELLACallback(Callback):
 
     Training is not touched, and afterwards the module is as it would have been. The posterior is on
     `callback.predictor` and `module.ella`, its file beside the checkpoints, its figures in `trainer.callback_metrics`
-    and in every logger. For a network that is trained already, load its weights and fit with `max_epochs=0`.
+    and in every logger. For a network that is trained already, load its weights and fit with `max_epochs=0`. The
+    Trainer may be of `lightning` or of `pytorch_lightning`.
 
     The training points come from, in this order: `train_loader`, the datamodule's or module's
     `ella_train_dataloader()`, the training loader's dataset (with the augmentation that it has). The unseen points
@@ -52,9 +58,11 @@ class ELLACallback(Callback):
             the best checkpoint, in a copy of the network that the predictor keeps: the module keeps the last ones.
         train_loader: the training data without augmentation.
         calibration_loader: data that the network has never seen.
-        path: where the posterior is saved; `ella.safetensors` beside the checkpoints by default.
+        path: where the posterior is saved; by default `ella.safetensors` beside the checkpoints, or
+            `ella-2.safetensors` where there is another network's.
         on_error: what an error at the end of `fit` does: "warn" logs it, and the training run ends as it would have
-            without this callback; "raise" raises it. What can be known before training is raised before training.
+            without this callback; "raise" raises it. What can be known before training is raised before training,
+            and where nothing is trained (`max_epochs=0`) every error is raised.
         resume: go on with a fit that was cut short, from the stages that it left beside the posterior (or beside
             the checkpoint that `fit(ckpt_path=…)` got, or in another version of the logger): same weights, settings
             and data.
@@ -82,7 +90,7 @@ class ELLACallback(Callback):
         on_error: Literal["warn", "raise"] = "warn",
         resume: bool = False,
         unpack: Unpack = inputs_and_targets,
-        forward: Forward = call,
+        forward: Callable[[nn.Module, Any], Any] = call,
         parameters: Parameters = None,
         **settings: Any,
     ):
@@ -98,76 +106,94 @@ class ELLACallback(Callback):
         self.train_loader, self.calibration_loader = train_loader, calibration_loader
         self.path, self.on_error, self.resume = path, on_error, resume
         self.unpack, self.forward, self.parameters = unpack, forward, parameters
-        self._predictor: ELLAPredictor | None = None
+        self._outcome: Outcome | None = None
+        self._shared = Shared()
+        self._trained = False  # whether a batch was trained on in this fit
 
     @property
     def predictor(self) -> ELLAPredictor | None:
-        """The head, once `fit` has ended; None before, and where the fit failed.
+        """The head, once `fit` has ended; None before.
 
         After a fit in spawned processes (ddp_spawn, ddp_notebook) it is read from its file, here where it is asked for.
+        Where libraries fit copies of this callback, with copies of the network, it is that of the last copy.
+
+        Raises:
+            RuntimeError: if the fit failed; the message says why, and what to do.
         """
-        if self._predictor is None and (trainer := _trainer_with(self)) is not None:
-            self._read_back(trainer)
-        return self._predictor
+        outcome = self._outcome or self._of_a_copy()
+        if outcome is None:
+            trainer = trainers.trainer_with(self, lambda found: str(self.path) in records(found))
+            if trainer is not None:
+                self._read_back(trainer)
+                outcome = self._outcome
+        if outcome is None:
+            return None
+        if outcome.predictor is None:
+            raise RuntimeError(outcome.reason)
+        return outcome.predictor
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before training."""
         if stage != "fit":
             return
-        self._predictor = None  # it belongs to other weights than those that this fit ends with
-        _files(trainer).pop(str(self.path), None)
-        if isinstance(getattr(pl_module, "ella", None), ELLAPredictor):
+        self._outcome = self._shared.latest = None  # of other weights than those that this fit ends with
+        self._trained = False
+        records(trainer).pop(str(self.path), None)
+        if isinstance(getattr(pl_module, "ella", None), ELLAPredictor | Refusal):
             pl_module._modules.pop("ella", None)  # the user's `module.ella = ELLAPredictor.load(…)` registers it
             object.__setattr__(pl_module, "ella", None)
+        for name in ARGUMENTS:
+            if isinstance(missing := getattr(self, name), LeftOut):
+                missing()
         others = [other for other in trainer.callbacks if isinstance(other, ELLACallback) and other is not self]  # type: ignore[attr-defined]
         if any(str(other.path) == str(self.path) for other in others):
             raise ValueError("two ELLACallbacks would write the same file: pass another path= to one of them.")
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            raise ValueError(
-                f"ELLA needs whole parameters on each device, but {type(trainer.strategy).__name__} shards them: "
-                "fit ELLA afterwards from the checkpoint, with Trainer(devices=1, max_epochs=0)."
-            )
-        if trainer.world_size > 1 and not torch.distributed.is_initialized():
-            raise ValueError(
-                f"ELLA needs torch.distributed for {trainer.world_size} processes, which "
-                f"{type(trainer.strategy).__name__} does not use: fit ELLA afterwards from the checkpoint, with "
-                "Trainer(devices=1, max_epochs=0)."
-            )
-        if self.weights == "best" and not _monitored(trainer):
+        trainers.refuse_unusable(trainer)
+        if self.weights == "best" and not trainers.monitored(trainer):
             raise ValueError(
                 "weights='best' needs to know what is best: add ModelCheckpoint(monitor='val_loss') to the callbacks."
             )
-        if not isinstance(getattr(pl_module, "ella", None), ELLAPredictor | None):
+        if getattr(pl_module, "ella", None) is not None:
             raise ValueError(
                 f"{type(pl_module).__name__} has an attribute `ella` of its own, where the predictor goes: rename it."
             )
-        if trainer.strategy.root_device.type == "mps":
-            raise ValueError("ELLA needs float64, which MPS does not have: pass Trainer(accelerator='cpu').")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try data and network on a few points, so that what would fail after training fails before."""
-        world = _world(trainer)
-        self._path(trainer)
-        with isolate_rng(), self._validating(trainer):
+        world = trainers.world_of(trainer)
+        self._default_path(trainer)
+        with isolate_rng(), trainers.validating(trainer):
             (train, _), (calibration, _) = self._loaders(trainer, world)
-        with isolate_rng(), self._validating(trainer), world.together("a look before training"):
-            settings, unpack = _fitting(self.settings, trainer, train), self._unpack(trainer)
-            with world.quiet():
-                hooks = {"unpack": unpack, "forward": self.forward, "parameters": self.parameters}
-                check(pl_module, train, calibration, settings, **hooks)
+        with isolate_rng(), trainers.validating(trainer), world.together("a look before training"), world.quiet():
+            network = _copied(pl_module) if self._takes_the_best(trainer) else pl_module
+            with self._remembered(pl_module, "network and data were looked at"):
+                check(network, train, calibration, self._fitting(trainer, train), **self._functions(trainer))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note that there is a training run to protect from errors."""
+        self._trained = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the posterior, attach it, write it and log it."""
+        job = memory = None
         try:
-            self._fit(trainer, pl_module)
+            with isolate_rng(), trainers.validating(trainer):
+                job = self._prepared(trainer, pl_module)
+                with self._remembered(pl_module, "the posterior was fitted") as memory:
+                    fit = self._fit(trainer, job, pl_module.device)
+            self._attach(pl_module, job.network, fit.predictor)
+            with job.world.together("writing the posterior and its figures"):
+                self._report(trainer, fit, job)
         except Exception as error:
-            if self.on_error == "raise":
+            state, kept = self._failed(trainer, pl_module, error), "" if job is None else _left_beside(job.path)
+            if self.on_error == "raise" or not self._trained:  # no training run to protect
+                if kept:
+                    error.add_note(f"ELLA: {kept}")
                 raise
-            state = "is in memory" if self._predictor is not None else "could not be fitted"
             log.warning(
-                "ELLA: the posterior %s, but something failed; the trained network is as it would be without ELLA. "
-                "Mend it and fit again from the checkpoint, with max_epochs=0. %s",
-                *(state, "".join(traceback.format_exception(error))),
+                "ELLA: the posterior %s; the trained network %s. %s. %s\n%s",
+                *(state, AS_BEFORE if memory is None else memory.verdict, AGAIN, kept),
+                "".join(traceback.format_exception(error)),
             )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,62 +201,129 @@ class ELLACallback(Callback):
         try:
             self._read_back(trainer)
         except ValueError as error:  # other weights, which does not matter to a test that does not ask
-            object.__setattr__(pl_module, "ella", _refuse(error))
+            object.__setattr__(pl_module, "ella", Refusal(ValueError, str(error)))
 
     on_predict_start = on_test_start
 
-    def _fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        home, world = pl_module.device, _world(trainer)
-        path, checkpoint = world.object_from_first((self._path(trainer), self._checkpoint(trainer)))
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle keeps: neither the posterior, which has a file, nor functions that cannot be pickled."""
+        kept = {name: portable(name, getattr(self, name)) for name in ARGUMENTS}
+        return self._own() | kept | {"_outcome": self._left_behind(), "_shared": Shared()}
+
+    def __copy__(self) -> Self:
+        made = type(self).__new__(type(self))
+        vars(made).update(self._own())
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = made = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(self._own(), memo))
+        return made
+
+    def _own(self) -> dict[str, Any]:
+        """The attributes, without those by which Lightning ties a callback to the module that it was fitted with."""
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+
+    def _left_behind(self) -> Outcome | None:
+        """What a callback that is restored from a pickle says of this one's fit."""
+        outcome = self._outcome
+        if outcome is None or outcome.predictor is None:
+            return outcome
+        if get_spawning_popen() is not None:  # a process of the same run, which finds the file
+            return None
+        how = f"ELLAPredictor.load({outcome.file!r}, module) reads it from its file" if outcome.file else AGAIN
+        return Outcome(outcome.whose, None, f"the posterior is not kept in a pickle of ELLACallback: {how}.")
+
+    def _of_a_copy(self) -> Outcome | None:
+        """How the latest fit of this callback's copies ended."""
+        outcome = self._shared.latest
+        if outcome is not None and not outcome.told:
+            outcome.told = True
+            log.info(
+                "ELLA: this callback has fitted nothing itself: its predictor is that of the %s that a copy of it was "
+                "trained with last. Each network has its own on module.ella.",
+                outcome.whose,
+            )
+        return outcome
+
+    def _prepared(self, trainer: Trainer, pl_module: LightningModule) -> "_Job":
+        """What is to be fitted, and where it goes."""
+        world = trainers.world_of(trainer)
+        with world.together("the place of the file"), world.quiet():
+            place = self._path(trainer, pl_module), self._checkpoint(trainer)
+        path, checkpoint = world.object_from_first(place)
         with world.together("the choice of weights"):
             network, origin = self._network(trainer, pl_module, checkpoint)
             stages = self._stages(trainer, path)
-        with isolate_rng(), self._validating(trainer):
-            (train, train_name), (calibration, calibration_name) = self._loaders(trainer, world)
-            if world.first:
-                log.info("ELLA: fitting on %s, calibrating on %s, at %s.", train_name, calibration_name, origin)
-            try:
-                with world.together("moving the network"):
-                    network.to(trainer.strategy.root_device)
-                for buffer in network.buffers():  # DDP lets them drift apart; a checkpoint has the first process's
-                    world.from_first(buffer)
-                fit = run(
-                    network,
-                    train,
-                    calibration,
-                    _fitting(self.settings, trainer, train),
-                    unpack=self._unpack(trainer),
-                    forward=self.forward,
-                    parameters=self.parameters,
-                    progress=_bars(trainer),
-                    world=world,
-                    stages=stages,
-                    origin=origin,
-                )
-            finally:
-                network.to(home)
-        self._attach(pl_module, network, fit.predictor)
-        with world.together("writing the posterior and its figures"):
-            self._report(trainer, fit, path, checkpoint, stages)
+        network = _as_on_first(network, world)
+        (train, train_name), (calibration, calibration_name) = self._loaders(trainer, world)
+        if world.first:
+            log.info("ELLA: fitting on %s, calibrating on %s, at %s.", train_name, calibration_name, origin)
+        return _Job(world, network, origin, train, calibration, path, checkpoint, stages)
 
-    def _attach(self, pl_module: LightningModule, network: LightningModule, predictor: ELLAPredictor) -> None:
-        self._predictor = predictor
+    def _fit(self, trainer: Trainer, job: "_Job", home: torch.device) -> Fit:
+        try:
+            with job.world.together("moving the network"):
+                job.network.to(trainer.strategy.root_device)
+            return run(
+                job.network,
+                job.train,
+                job.calibration,
+                self._fitting(trainer, job.train),
+                progress=trainers.bars(trainer),
+                world=job.world,
+                stages=job.stages,
+                origin=job.origin,
+                **self._functions(trainer),
+            )
+        finally:
+            job.network.to(home)
+
+    def _functions(self, trainer: Trainer) -> dict[str, Any]:
+        """What the user's functions say about batches and network."""
+        unpack = trainers.as_in_training(trainer, self.unpack)
+        return {"unpack": unpack, "forward": self.forward, "parameters": self.parameters}
+
+    def _remembered(self, pl_module: LightningModule, while_: str) -> AbstractContextManager[Remembered]:
+        return remembered(pl_module, while_, self.settings.memory_budget)
+
+    def _end(self, pl_module: LightningModule, outcome: Outcome, head: ELLAPredictor | Refusal) -> None:
+        self._outcome = self._shared.latest = outcome
+        # Registered as a submodule it would enter the user's state_dict and break a later strict load.
+        object.__setattr__(pl_module, "ella", head)
+
+    def _attach(
+        self, pl_module: LightningModule, network: LightningModule, predictor: ELLAPredictor, file: str = ""
+    ) -> None:
         if network is not pl_module:
             predictor.register_forward_pre_hook(functools.partial(_follow, pl_module))
-        # Registered as a submodule it would enter the user's state_dict and break a later strict load.
-        object.__setattr__(pl_module, "ella", predictor)
+        self._end(pl_module, Outcome(type(pl_module).__name__, predictor, file=file), predictor)
+
+    def _failed(self, trainer: Trainer, pl_module: LightningModule, error: Exception) -> str:
+        """Keep the reason for whoever asks for the predictor; return what has become of it."""
+        if self._outcome is not None and self._outcome.predictor is not None:
+            return "is in memory, but something failed"
+        reason = f"the posterior could not be fitted: {str(error).rstrip('.') or type(error).__name__}. {AGAIN}."
+        records(trainer)[str(self.path)] = Record(os.getpid(), failure=reason)
+        self._end(pl_module, Outcome(type(pl_module).__name__, None, reason), Refusal(RuntimeError, reason))
+        return "could not be fitted"
 
     def _read_back(self, trainer: Trainer) -> None:
         """After a fit in spawned processes, get the predictor from the file that they wrote."""
-        path, checkpoint, writer = _files(trainer).get(str(self.path), (None, None, None))
-        pl_module = trainer.lightning_module
-        if path is not None and writer != os.getpid() and self._predictor is None and pl_module is not None:
-            network, _ = self._network(trainer, pl_module, checkpoint)
-            self._attach(pl_module, network, ELLAPredictor.load(path, network, self.forward))
+        record, pl_module = records(trainer).get(str(self.path)), trainer.lightning_module
+        if record is None or record.writer == os.getpid() or self._outcome is not None or pl_module is None:
+            return
+        if record.failure:
+            failed = Outcome(type(pl_module).__name__, None, record.failure)
+            self._end(pl_module, failed, Refusal(RuntimeError, record.failure))
+        else:
+            network, _ = self._network(trainer, pl_module, record.checkpoint)
+            predictor = ELLAPredictor.load(record.path, network, self.forward)
+            self._attach(pl_module, network, predictor, record.path)
 
     def _stages(self, trainer: Trainer, path: Path) -> Stages:
         """Keep stages beside the posterior; go on with those that such a fit left there or in another run."""
-        if _fast_dev_run(trainer):
+        if trainers.is_fast_dev_run(trainer):
             return Stages()
         if not self.resume:
             return Stages(path)
@@ -242,23 +335,21 @@ class ELLACallback(Callback):
     @staticmethod
     def _checkpoint(trainer: Trainer) -> str | None:
         """The path of the best checkpoint, if there is one."""
-        return next((callback.best_model_path for callback in _monitored(trainer) if callback.best_model_path), None)
+        paths = (checkpoint.best_model_path for checkpoint in trainers.monitored(trainer))
+        return next((path for path in paths if path), None)
+
+    def _takes_the_best(self, trainer: Trainer) -> bool:
+        return self.weights == "best" and not trainers.is_fast_dev_run(trainer)
 
     def _network(self, trainer: Trainer, pl_module: LightningModule, path: str | None) -> tuple[LightningModule, str]:
         """The network at the chosen weights, and their name; `path` is that of the best checkpoint."""
-        if self.weights == "last" or _fast_dev_run(trainer):
+        if not self._takes_the_best(trainer):
             return pl_module, f"the last weights, after {trainer.global_step} steps"
         if path is None:
             raise ValueError(
                 "weights='best', but no checkpoint has been written: train for an epoch, or pass weights='last'."
             )
-        try:
-            best = copy.deepcopy(pl_module)
-        except RuntimeError as error:
-            raise ValueError(
-                f"weights='best' works on a copy of the module, which cannot be copied ({error}): "
-                "do not keep a loss or other tensors with a graph on it, or pass weights='last'."
-            ) from error
+        best = _copied(pl_module)
         state = trainer.strategy.load_checkpoint(path, weights_only=False)["state_dict"]
         best.load_state_dict(state, strict=best.strict_loading)
         return best, f"the weights of {Path(path).name}"
@@ -266,73 +357,36 @@ class ELLACallback(Callback):
     def _loaders(self, trainer: Trainer, world: World) -> tuple[tuple[DataLoader, str], tuple[DataLoader | None, str]]:
         """The training and the calibration data, and where they come from."""
         with world.together("the choice of data"):
-            train = self._given(trainer, self.train_loader, "train_loader", "ella_train_dataloader")
-            unseen = self._given(trainer, self.calibration_loader, "calibration_loader", "ella_calibration_dataloader")
+            train = self._given(trainer, "train_loader", "ella_train_dataloader")
+            unseen = self._given(trainer, "calibration_loader", "ella_calibration_dataloader")
         # Lightning's own loaders are set up by collectives of its own, so outside of `together`.
-        if train is None:
-            trainer.fit_loop.setup_data()
-            train = trainer.train_dataloader, "the training data (with their augmentation, if any)"
-        if unseen is None:
-            unseen = self._validation_data(trainer)
-        return (_only(train[0], "train_loader"), train[1]), unseen
+        return train or trainers.training_data(trainer), unseen or trainers.validation_data(trainer)
 
-    @staticmethod
-    def _validation_data(trainer: Trainer) -> tuple[DataLoader | None, str]:
-        with suppress(MisconfigurationException):  # a validation_step, but no val_dataloader
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders = trainer.val_dataloaders
-        if loaders is None:  # given to fit(), which sets them aside where the module has no validation_step
-            given = getattr(trainer.fit_loop.epoch_loop.val_loop._data_source, "instance", None)
-            loaders = given if isinstance(given, (DataLoader, list, tuple, dict)) else None
-        for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
-            if loaders is None and owner is not None and type(owner).val_dataloader is not DataHooks.val_dataloader:
-                loaders = owner.val_dataloader()  # the module has no validation_step, so Lightning did not ask
-        if isinstance(loaders, dict):
-            loaders = list(loaders.values())
-        if isinstance(loaders, (list, tuple)) and loaders:
-            return _only(loaders[0], "calibration_loader"), f"the first of {len(loaders)} validation loaders"
-        return (_only(loaders, "calibration_loader"), "the validation data") if loaders else (None, "nothing")
-
-    @staticmethod
-    def _given(trainer: Trainer, argument: DataLoader | None, name: str, method: str):
+    def _given(self, trainer: Trainer, argument: str, method: str) -> tuple[DataLoader, str] | None:
         """The loader that the user gave, and its name: the argument, else the method of datamodule or module."""
-        if argument is not None:
-            return argument, f"the data of {name}"
-        for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
-            if callable(getattr(owner, method, None)):
-                return _only(getattr(owner, method)(), name), f"the data of {type(owner).__name__}.{method}()"
-        return None
+        loader = getattr(self, argument)
+        return trainers.data_of(trainer, method, argument) if loader is None else (loader, f"the data of {argument}")
 
-    def _unpack(self, trainer: Trainer) -> Unpack:
-        """The user's `unpack`, after the module's transfer hooks and the precision plugin as in a training step."""
+    def _fitting(self, trainer: Trainer, train: DataLoader) -> Settings:
+        """Under `fast_dev_run`, no more points than a quick look at the pipeline needs."""
+        if not trainers.is_fast_dev_run(trainer):
+            return self.settings
+        few = min(8, len(Points(train)))
+        return self.settings.limited(num_landmarks=few, num_curvature=few, num_calibration=few, rank=min(2, few))
 
-        def unpack(batch: Any) -> Any:
-            inputs, *targets = self.unpack(trainer.strategy.batch_to_device(batch))
-            return trainer.precision_plugin.convert_input(inputs), *targets
-
-        return unpack
-
-    @staticmethod
-    @contextmanager
-    def _validating(trainer: Trainer) -> Iterator[None]:
-        """Augmentation in `on_after_batch_transfer` asks `trainer.training`; let it hear no."""
-        stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING
-        try:
-            yield
-        finally:
-            trainer.state.stage = stage
-
-    def _report(self, trainer: Trainer, fit: Fit, path: Path, checkpoint: str | None, stages: Stages) -> None:
+    def _report(self, trainer: Trainer, fit: Fit, job: "_Job") -> None:
         """Write and log; a file or a logger that fails costs only what it would have got."""
         figures, errors = fit.figures, []
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
         if not trainer.is_global_zero:
             return
-        if not _fast_dev_run(trainer):
+        if not trainers.is_fast_dev_run(trainer):
             try:
-                log.info("ELLA: the posterior is in %s", fit.predictor.save(path))
-                _files(trainer)[str(self.path)] = str(path), checkpoint, os.getpid()
-                stages.forget()
+                log.info("ELLA: the posterior is in %s", fit.predictor.save(job.path))
+                if self._outcome is not None:
+                    self._outcome.file = str(job.path)
+                records(trainer)[str(self.path)] = Record(os.getpid(), str(job.path), job.checkpoint)
+                job.stages.forget()
             except OSError as error:
                 errors.append(error)
         for logger in trainer.loggers:
@@ -344,107 +398,82 @@ class ELLACallback(Callback):
         if errors:
             raise errors[0]
 
-    def _path(self, trainer: Trainer) -> Path:
+    def _path(self, trainer: Trainer, network: LightningModule) -> Path:
         if self.path is not None:
             return Path(self.path)
+        return _free(self._default_path(trainer), network)
+
+    def _default_path(self, trainer: Trainer) -> Path:
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
-        if "://" in str(folder):
+        if self.path is None and "://" in str(folder):
             raise ValueError(f"ELLA writes to local files only, not to {folder}: pass path='…/ella.safetensors'.")
         return Path(folder) / "ella.safetensors"
 
 
-def _world(trainer: Trainer) -> World:
-    """The trainer's processes."""
-    if trainer.world_size == 1:
-        return World()
-    return World(torch.distributed.group.WORLD, trainer.strategy.root_device)
+class _Job(NamedTuple):
+    """What is to be fitted, and where it goes."""
+
+    world: World
+    network: LightningModule
+    origin: str
+    train: DataLoader
+    calibration: DataLoader | None
+    path: Path
+    checkpoint: str | None
+    stages: Stages
 
 
-def _files(trainer: Trainer) -> dict[str, tuple[str, str | None, int]]:
-    """Files of posteriors, the best checkpoint then, and who wrote them: state that spawned processes send back."""
-    return vars(trainer.state).setdefault("ella_files", {})
+def _copied(module: LightningModule) -> LightningModule:
+    """A network with weights of its own."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # whatever a class of the user's raises
+        raise ValueError(
+            f"weights='best' works on a copy of the module, which cannot be copied ({error}): keep what cannot be "
+            "copied (a lock, a file, a client, a loss with its graph) off the module, or pass weights='last'."
+        ) from error
 
 
-def _trainer_with(callback: Callback) -> Trainer | None:
-    """The trainer that has this callback. Lightning calls no hook in the process that spawned the others."""
-    trainers = [thing for thing in gc.get_objects() if issubclass(type(thing), Trainer)]
-    mine = (trainer for trainer in trainers if callback in getattr(trainer, "callbacks", ()))  # type: ignore[attr-defined]
-    return next((trainer for trainer in mine if _files(trainer)), None)
+def _as_on_first(network: LightningModule, world: World) -> LightningModule:
+    """The network with the buffers of the first process, as in a checkpoint: DDP lets them drift apart."""
+    mine = [digest(buffer) for buffer in network.buffers()]
+    if world.size == 1 or world.smallest(int(world.object_from_first(mine) == mine)):
+        return network
+    with world.together("a copy of the network"):
+        network = network if world.first else _copied(network)
+    for buffer in network.buffers():
+        world.from_first(buffer)
+    return network
 
 
-def _refuse(error: ValueError) -> Callable[..., Any]:
-    """Stand in for a predictor that could not be read."""
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise error
-
-    return refuse
+def _left_beside(path: Path) -> str:
+    """What to do with the stages that a fit which failed has left beside its posterior."""
+    names = ", ".join(map(str, sorted(path.parent.glob(f"{glob.escape(path.name)}.*.stage"))))
+    return names and f"What was done is kept in {names}: go on from there with resume=True, or delete them."
 
 
-def _monitored(trainer: Trainer) -> list[ModelCheckpoint]:
-    """The checkpoint callbacks that know which weights are best, and keep them."""
-    found = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    return [callback for callback in found if callback.monitor and callback.save_top_k != 0]
+def _free(path: Path, network: LightningModule) -> Path:
+    """Return `path`, or a name beside it where there is another network's posterior."""
+    if not path.exists():
+        return path
+    mine = fingerprint(network)["network"]
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    free = path if _network_of(path) == mine else next(n for n in names if not n.exists() or _network_of(n) == mine)
+    if free != path:
+        log.info("ELLA: %s belongs to another network, so this posterior goes to %s.", path, free)
+    return free
 
 
-def _only(loader: Any, argument: str) -> DataLoader:
-    if loader is None:
-        raise ValueError(f"the trainer has no data for ELLA's {argument}: pass {argument}= to ELLACallback.")
-    if not isinstance(loader, DataLoader):
-        raise TypeError(
-            f"ELLA needs one DataLoader, but the trainer has a {type(loader).__name__} of them: "
-            f"pass {argument}= to ELLACallback."
-        )
-    return loader
+def _network_of(path: Path) -> str | None:
+    """Which network the posterior in a file belongs to; None where it is no posterior."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})["fingerprint"])["network"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _fitting(settings: Settings, trainer: Trainer, train: DataLoader) -> Settings:
-    """Under `fast_dev_run`, no more points than a quick look at the pipeline needs."""
-    if not _fast_dev_run(trainer):
-        return settings
-    few = min(8, len(Points(train)))
-    return settings.limited(num_landmarks=few, num_curvature=few, num_calibration=few, rank=min(2, few))
-
-
-def _fast_dev_run(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))  # set where type checkers do not see it
-
-
-def _follow(leader: LightningModule, predictor: torch.nn.Module, _: Any) -> None:
+def _follow(leader: LightningModule, predictor: nn.Module, _: Any) -> None:
     """The copy with the best weights moves with the user's module. Untested on more than the CPU."""
     assert isinstance(predictor, ELLAPredictor)
     predictor.model.to(leader.device)
-
-
-def _bars(trainer: Trainer) -> Progress:
-    """A bar a stage, drawn by whatever draws the trainer's own."""
-    bar = trainer.progress_bar_callback
-
-    def with_tqdm(batches: Iterable, description: str, total: int) -> Iterator:
-        with Tqdm(total=total, desc=description, unit="point", dynamic_ncols=True, file=sys.stdout) as line:
-            for batch in batches:
-                yield batch
-                line.update(num_samples(batch[0]))
-
-    def with_rich(batches: Iterable, description: str, total: int) -> Iterator:
-        with _rich_display(trainer, bar) as display:
-            task = display.add_task(description, total=total)
-            for batch in batches:
-                yield batch
-                display.update(task, advance=num_samples(batch[0]), refresh=True)
-
-    if bar is None or getattr(bar, "is_disabled", False):
-        return silent
-    return with_rich if isinstance(bar, RichProgressBar) else with_tqdm
-
-
-@contextmanager
-def _rich_display(trainer: Trainer, bar: Any) -> Iterator[Any]:
-    """The display that the trainer's bar is drawn on, or one like it where it has been stopped or never started."""
-    from rich.progress import Progress as RichProgress
-
-    if bar.progress is not None and bar.progress.live.is_started:
-        yield bar.progress
-    else:
-        with RichProgress(*bar.configure_columns(trainer)) as display:
-            yield display

@@ -1,6 +1,10 @@
 """The callback inside a Trainer: where it gets its data and weights, what it leaves, what it refuses."""
 
+import copy
+import io
 import logging
+import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ella import ELLACallback, ELLAPredictor, fit_ella
+from lightning_ella.pickling import LeftOut
 
 pytestmark = [  # Lightning's advice to users, which these users ignore
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -421,8 +426,10 @@ def test_frozen_modules_streams_and_many_loaders_are_refused(tmp_path: Path):
     loaders = [Data().train_dataloader(), Data().train_dataloader()]
     module = Net()
     module.training_step = lambda batch, batch_idx: module(batch[0][0]).sum()
-    with pytest.raises(TypeError, match="pass train_loader= to ELLACallback"):
+    with pytest.raises(TypeError, match="the trainer has a list of 2 loaders: pass train_loader= to ELLACallback"):
         make_trainer(tmp_path, ELLACallback(**SMALL)).fit(module, loaders)
+    with pytest.raises(TypeError, match="the trainer has a Wrapped: pass train_loader= to ELLACallback"):
+        make_trainer(tmp_path, ELLACallback(**SMALL)).fit(Net(), Wrapped(Data().train_dataloader()))
 
 
 def test_weights_that_do_not_exist_are_refused():
@@ -461,8 +468,9 @@ def test_an_error_at_the_end_costs_neither_weights_nor_checkpoints(tmp_path: Pat
     assert "outputs are NaN or infinite" in caplog.text
     assert "the trained network is as it would be without ELLA" in caplog.text
     assert "Traceback" in caplog.text
-    assert ella.predictor is None
-    assert not hasattr(module, "ella")
+    for ask in (lambda: ella.predictor, lambda: module.ella(torch.ones(1, 2)), lambda: module.ella.features(0)):
+        with pytest.raises(RuntimeError, match=r"could not be fitted: .* NaN or infinite.* with max_epochs=0"):
+            ask()
     saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)["state_dict"]
     torch.testing.assert_close(module.body[0].weight, saved["body.0.weight"])
     assert saved["body.4.weight"].isfinite().all()
@@ -587,13 +595,233 @@ def test_stages_of_another_fit_are_not_resumed(tmp_path: Path, caplog: pytest.Lo
 
 def test_a_fit_that_fails_leaves_no_older_posterior(tmp_path: Path):
     module, ella = Net(), ELLACallback(**SMALL)
+    assert ella.predictor is None
     make_trainer(tmp_path, ella).fit(module, Data())
     assert ella.predictor is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_ella.fit.curvature", broken)
-        make_trainer(tmp_path, ella, max_epochs=0).fit(module, Data())
+        make_trainer(tmp_path, ella, max_epochs=1).fit(module, Data())
+    with pytest.raises(RuntimeError, match="the posterior could not be fitted: broken"):
+        _ = ella.predictor
+    assert not module.ella
+    make_trainer(tmp_path, ella, max_epochs=0).fit(module, Data())
+    assert module.ella is ella.predictor is not None
+
+
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
+def test_where_nothing_was_trained_an_error_is_raised(tmp_path: Path, limit: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lightning_ella.fit.curvature", broken)
+    ella = ELLACallback(on_error="warn", **SMALL)
+    with pytest.raises(RuntimeError, match="broken") as raised:
+        make_trainer(tmp_path, ella, **{limit: 0}).fit(Net(), Data())
+    assert "ella.safetensors.basis.stage: go on from there with resume=True" in raised.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="the posterior could not be fitted: broken"):
+        _ = ella.predictor
+    with pytest.raises(ValueError, match="the trainer has no data for ELLA's train_loader"):
+        make_trainer(tmp_path, ELLACallback(**SMALL), limit_train_batches=0).fit(Net(), Data())
+
+
+def test_stages_that_are_left_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "lightning_ella"):
+        patch.setattr("lightning_ella.fit._calibrated", broken)
+        trainer = make_trainer(tmp_path, ELLACallback(**SMALL))
+        trainer.fit(Net(), Data())
+    folder = Path(trainer.checkpoint_callback.dirpath)
+    left = [str(folder / f"ella.safetensors.{stage}.stage") for stage in ("basis", "curvature")]
+    assert f"What was done is kept in {left[0]}, {left[1]}: go on from there with resume=True" in caplog.text
+
+
+class Locked(Net):
+    """It cannot be pickled, nor taken apart by `copy.deepcopy`."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock, self.last_loss = threading.Lock(), None
+
+    def training_step(self, batch, batch_idx):
+        self.last_loss = super().training_step(batch, batch_idx)
+        return self.last_loss
+
+
+def test_the_best_weights_of_a_module_that_cannot_be_pickled(tmp_path: Path):
+    module, ella = Locked(), ELLACallback(weights="best", on_error="raise", **SMALL)
+    trainer = make_trainer(tmp_path, ella, ModelCheckpoint(monitor="val_loss"), max_epochs=2)
+    trainer.fit(module, Data())
+    best = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)["state_dict"]
+    torch.testing.assert_close(ella.predictor.model.state_dict(), best)
+    assert ella.predictor.model.lock is module.lock
+    assert not {p.data_ptr() for p in ella.predictor.model.parameters()} & {p.data_ptr() for p in module.parameters()}
+
+
+def test_copies_that_a_library_fits_tell_the_callback_of_the_user(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    class Wider(Net):
+        def __init__(self):
+            super().__init__()
+            self.body[0], self.body[1] = nn.Linear(2, 9), nn.BatchNorm1d(9)
+            self.body[4] = nn.Linear(9, 3)
+
+    ella = ELLACallback(**SMALL, unpack=lambda batch: batch)
+    owners = [copy.deepcopy({"module": module, "callbacks": [ella]}) for module in (Net(), Wider())]
     assert ella.predictor is None
-    assert module.ella is None
+    with caplog.at_level(logging.INFO, "lightning_ella"):
+        for owner in owners:
+            trainer = make_trainer(tmp_path, *owner["callbacks"], max_epochs=1, enable_checkpointing=False)
+            trainer.fit(owner["module"], Data())
+        assert ella.predictor is owners[1]["module"].ella is owners[1]["callbacks"][0].predictor
+    assert ella.predictor is not None
+    assert caplog.text.count("its predictor is that of the Wider that a copy of it was trained with last") == 1
+    first, second = (owner["module"] for owner in owners)
+    assert f"{tmp_path / 'ella.safetensors'} belongs to another network, so this posterior goes to" in caplog.text
+    x = torch.ones(1, 2)
+    assert ELLAPredictor.load(tmp_path / "ella.safetensors", first)(x).probs.equal(first.ella(x).probs)
+    assert ELLAPredictor.load(tmp_path / "ella-2.safetensors", second)(x).probs.equal(second.ella(x).probs)
+    again = make_trainer(tmp_path, owners[1]["callbacks"][0], max_epochs=0, enable_checkpointing=False)
+    again.fit(second, Data())  # the same network's posterior is replaced, where it is
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["ella-2.safetensors", "ella.safetensors"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_ella.fit.curvature", broken)
+        third = copy.deepcopy(ella)
+        make_trainer(tmp_path, third, max_epochs=1, enable_checkpointing=False).fit(Net(), Data())
+    with pytest.raises(RuntimeError, match="the posterior could not be fitted: broken"):
+        _ = ella.predictor
+
+
+@pytest.mark.parametrize("content", [b"not a posterior", b""])
+def test_a_foreign_file_at_a_place_that_nobody_chose_is_kept(tmp_path: Path, content: bytes):
+    (tmp_path / "ella.safetensors").write_bytes(content)
+    make_trainer(tmp_path, ELLACallback(**SMALL), max_epochs=0, enable_checkpointing=False).fit(Net(), Data())
+    assert (tmp_path / "ella.safetensors").read_bytes() == content
+    assert (tmp_path / "ella-2.safetensors").exists()
+
+
+def pair(batch: Any) -> Any:
+    return batch
+
+
+def collated(samples: Any) -> Any:
+    return torch.utils.data.default_collate(samples)
+
+
+FUNCTIONS: list[tuple[str, Any]] = [
+    ("unpack", lambda batch: batch),
+    ("forward", lambda model, x: model(x)),
+    ("parameters", lambda name, parameter: True),
+    ("train_loader", DataLoader(blobs(100, 0), 16, collate_fn=lambda samples: collated(samples))),
+    ("calibration_loader", DataLoader(blobs(50, 1), 16, collate_fn=lambda samples: collated(samples))),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), FUNCTIONS, ids=[name for name, _ in FUNCTIONS])
+def test_functions_that_cannot_be_pickled_are_missed_only_where_they_are_needed(tmp_path: Path, name: str, value: Any):
+    ella = ELLACallback(**SMALL, **{name: value})
+    file = io.BytesIO()
+    torch.save([ella], file)
+    file.seek(0)
+    restored = [pickle.loads(pickle.dumps(ella)), *torch.load(file, weights_only=False)]
+    for each in restored:
+        with pytest.raises(ValueError, match=f"{name}= was left out of the pickle .* pass a function of a module"):
+            make_trainer(tmp_path, each, max_epochs=0).fit(Net(), Data())
+    setattr(restored[0], name, value)
+    for each in (ella, copy.copy(ella), copy.deepcopy(ella), restored[0]):
+        make_trainer(tmp_path, each, max_epochs=0).fit(Net(), Data())
+        assert each.predictor is not None
+    assert getattr(copy.deepcopy(ella), name) is value or "loader" in name
+    assert isinstance(getattr(pickle.loads(pickle.dumps(ella)), name), LeftOut)  # after a fit, too
+
+
+def test_a_pickle_of_the_callback_says_where_the_posterior_is(tmp_path: Path):
+    ella = ELLACallback(**SMALL, unpack=pair)
+    module, trainer = Net(), make_trainer(tmp_path, ella, max_epochs=0)
+    assert pickle.loads(pickle.dumps(ella)).predictor is None
+    trainer.fit(module, Data())
+    dumped = pickle.dumps(ella)
+    assert len(dumped) < 10_000
+    restored = pickle.loads(dumped)
+    with pytest.raises(
+        RuntimeError, match=r"not kept in a pickle .* ELLAPredictor.load\('.*ella.safetensors', module\)"
+    ):
+        _ = restored.predictor
+    make_trainer(tmp_path, restored, max_epochs=0).fit(module, Data())
+    assert module.ella is restored.predictor is not ella.predictor
+
+
+def test_a_module_without_posterior_is_copied_and_pickled_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lightning_ella.fit.curvature", broken)
+    make_trainer(tmp_path, ELLACallback(**SMALL)).fit(module := Net(), Data())
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        with pytest.raises(RuntimeError, match="the posterior could not be fitted: broken"):
+            copied.ella(torch.ones(1, 2))
+
+
+class Logging(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.log("norm", out.norm())
+        self.log_dict({"largest": out.max()})
+        return out
+
+
+def test_a_network_may_log_in_forward(tmp_path: Path):
+    ella = ELLACallback(on_error="raise", **SMALL)
+    trainer = make_trainer(tmp_path, ella)
+    trainer.fit(Logging(), Data())
+    assert {"norm", "largest", "ella/nll"} <= set(trainer.callback_metrics)
+
+
+class Wrapped:
+    """A loader around a loader, as libraries have them."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+class Meddling:
+    """An `unpack=` that has got hold of the network, and writes to it."""
+
+    def __init__(self, module: Net, when: str):
+        self.module, self.when = module, when
+
+    def __call__(self, batch: Any) -> Any:
+        if self.when == "before" or self.module.trainer.current_epoch:
+            self.module.body[0].weight.data.mul_(1.01)
+            self.module.body[1].running_mean = self.module.body[1].running_mean + 1
+            self.module.body[3].train(not self.module.body[3].training)
+            self.module.seen = batch
+        return batch
+
+
+@pytest.mark.parametrize("when", ["before", "after", "after, with an error"])
+def test_what_is_written_to_the_network_on_the_way_is_put_back(
+    tmp_path: Path, when: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def train(*callbacks: pl.Callback) -> Net:
+        pl.seed_everything(0, verbose=False)
+        make_trainer(tmp_path, *callbacks).fit(module, Data())
+        return module
+
+    pl.seed_everything(0, verbose=False)
+    module = Net()
+    start = copy.deepcopy(module.state_dict())
+    plain = copy.deepcopy(train())
+    module = Net()
+    module.load_state_dict(start)
+    if "error" in when:
+        monkeypatch.setattr("lightning_ella.fit.curvature", broken)
+    with caplog.at_level(logging.WARNING, "lightning_ella"):
+        train(ELLACallback(**SMALL, unpack=Meddling(module, when)))
+    during = "network and data were looked at" if when == "before" else "the posterior was fitted"
+    assert f"while {during}, something (forward=, unpack= or the network itself) wrote to the network's" in caplog.text
+    assert "which has been put back; the network is as it would be without ELLA" in caplog.text
+    torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert [m.training for m in module.modules()] == [m.training for m in plain.modules()]
+    assert [p.requires_grad for p in module.parameters()] == [p.requires_grad for p in plain.parameters()]
+    assert not hasattr(module, "seen")
 
 
 def broken(*args: Any, **kwargs: Any) -> None:
