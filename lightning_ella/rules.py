@@ -8,7 +8,7 @@ B samples, S cotangents each (S = C for all of J), T positions or tokens, K colu
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from math import prod
 from typing import Any
 
@@ -186,30 +186,30 @@ def _without(padding_idx: int | None, indices: Tensor, gradients: Tensor) -> Ten
     return gradients if padding_idx is None else gradients * (indices != padding_idx)[:, None, :, None]
 
 
-def by_vjp(module: nn.Module, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
+def by_vjp(module: nn.Module, inputs: Tensor, gradients: Tensor, B: int, names: Collection[str] | None = None) -> Terms:
     """Any module, of which each sample sees its own rows of the input alone: backward passes through it alone.
 
-    It costs one more evaluation of the module, and the backward passes from its output to its own parameters.
+    It costs one more evaluation of the module, and backward passes from its output to the parameters `names`: those of
+    the module itself, or of modules within it that do not have a rule of their own (an attention's weights that are
+    used in another way than by calling their layer, say).
     """
     inputs = inputs.unflatten(0, (B, rows_of_samples(inputs, B)))  # (B, r, *)
     gradients = gradients.unflatten(0, (B, rows_of_samples(gradients, B))).transpose(1, 2)  # (B, S, r', *)
-    own = _pulled_parameters(module)
-    if gradients.shape[:2].numel() * sum(value.nbytes for value in own.values()) <= MAX_BYTES:
-        rows = pulled(module, own, inputs, gradients)
-        yield from ((value, Rows(rows[name])) for name, value in own.items())
+    found = {name: module.get_parameter(name) for name in (_pulled_names(module) if names is None else names)}
+    if gradients.shape[:2].numel() * sum(value.nbytes for value in found.values()) <= MAX_BYTES:
+        rows = pulled(module, found, inputs, gradients)
+        yield from ((value, Rows(rows[name])) for name, value in found.items())
     else:  # each by itself, to hold but some samples' rows
-        yield from ((value, Pulled(module, name, inputs, gradients)) for name, value in own.items())
+        yield from ((value, Pulled(module, name, inputs, gradients)) for name, value in found.items())
 
 
-def _pulled_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters, by name, but those with a first axis of length 1, as class tokens have.
+def _pulled_names(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters, but of those with a first axis of length 1, as class tokens have.
 
     To copy those for each sample of the batch takes nothing. Here, a class token would take the whole network.
     """
-    own = {name: value for name, value in module._parameters.items() if value is not None}
-    return {
-        name: value for name, value in own.items() if value.is_floating_point() and (value.ndim < 2 or len(value) > 1)
-    }
+    own = module.named_parameters(recurse=False)
+    return [name for name, value in own if value.is_floating_point() and (value.ndim < 2 or len(value) > 1)]
 
 
 RULES: dict[type[nn.Module], Rule] = {
@@ -255,7 +255,7 @@ def rule_of(layer: nn.Module, *, subclasses: bool) -> Rule | None:
     for kind in OFTEN_SUBCLASSED if subclasses else ():
         if isinstance(layer, kind):
             return RULES[kind]
-    return by_vjp if _pulled_parameters(layer) and _takes_one_input(layer) else None
+    return by_vjp if _pulled_names(layer) and _takes_one_input(layer) else None
 
 
 def _takes_one_input(layer: nn.Module) -> bool:

@@ -162,8 +162,10 @@ class Convolved(OuterProducts):
 
     @property
     def response_cost(self) -> float:  # type: ignore[override]
-        """A convolution is faster than batched products, but not where its windows do not overlap."""
-        return 0.6 if any(map(operator.gt, self.layer.kernel_size, self.layer.stride)) else 1.5
+        """A convolution of images is faster than batched products, but not where its windows do not overlap."""
+        if not any(map(operator.gt, self.layer.kernel_size, self.layer.stride)):
+            return 1.5
+        return 0.6 if len(self.size) == 2 else 1.0
 
     @property
     def in_groups(self) -> bool:  # type: ignore[override]
@@ -213,7 +215,7 @@ class ConvolvedTransposed(OuterProducts):
         gradients: of its outputs, (B, S, out, *).
     """
 
-    response_cost = 0.6
+    response_cost = 1.5
 
     def __init__(self, layer: Transposed, inputs: Tensor, gradients: Tensor):
         self.layer, self.inputs, self.gradients, self.num_cotangents = layer, inputs, gradients, gradients.shape[1]
@@ -315,11 +317,11 @@ class SparseRows(Rows):
 
 
 class Pulled(Rows):
-    """Rows of J for one parameter of any module, by backward passes through that module alone.
+    """Rows of J for one parameter in any module, by backward passes through that module alone.
 
     Args:
-        module: a function of its input, sample by sample, and of its own parameters.
-        name: of the parameter.
+        module: a function of its input, sample by sample, and of its parameters.
+        name: of the parameter in the module.
         inputs: of the module, (B, r, *): each sample r rows of what the module takes.
         gradients: of its outputs, (B, S, r', *).
     """
@@ -337,19 +339,19 @@ class Pulled(Rows):
 
     def _some(self) -> Iterator[Rows]:
         B, S = self.gradients.shape[:2]
-        size = max(1, MAX_BYTES // (S * self.module._parameters[self.name].nbytes))  # type: ignore[union-attr]
+        size = max(1, MAX_BYTES // (S * self.module.get_parameter(self.name).nbytes))
         for start in range(0, B, size):
             some = slice(start, start + size)
             yield Rows(pulled(self.module, [self.name], self.inputs[some], self.gradients[some])[self.name])
 
 
 def pulled(module: nn.Module, names: Collection[str], inputs: Tensor, gradients: Tensor) -> dict[str, Tensor]:
-    """Rows of J for some of a module's own parameters, name -> (B, S, *), as of `Pulled`.
+    """Rows of J for some of a module's parameters, name -> (B, S, *), as of `Pulled`.
 
     Raises:
         RuntimeError: if the module writes to its input, draws random numbers or branches on the values of a tensor.
     """
-    values = {name: module._parameters[name].detach() for name in names}  # type: ignore[union-attr]
+    values = {name: module.get_parameter(name).detach() for name in names}
 
     def pull_back(one: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
         def outputs(values: dict[str, Tensor]) -> Tensor:
@@ -362,8 +364,15 @@ def pulled(module: nn.Module, names: Collection[str], inputs: Tensor, gradients:
 
 
 def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """A copy of `module` with other own parameters and the same children; `module` itself is only read."""
+    """A copy of `module` with some parameters replaced, by name; `module` and what is within it are only read."""
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
-    copy.__dict__["_parameters"] = {**module._parameters, **values}
+    copy.__dict__["_parameters"] = module._parameters | {name: v for name, v in values.items() if "." not in name}
+    within: dict[str, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        child, _, rest = name.partition(".")
+        if rest:
+            within.setdefault(child, {})[rest] = value
+    changed = {child: with_parameters(module.get_submodule(child), some) for child, some in within.items()}
+    copy.__dict__["_modules"] = module._modules | changed
     return copy

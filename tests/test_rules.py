@@ -8,7 +8,9 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
@@ -224,13 +226,15 @@ def randomized(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def dense_rows(layer: nn.Module, inputs: Tensor, gradients: Tensor) -> dict[str, Tensor]:
+def dense_rows(layer: nn.Module, inputs: Tensor, gradients: Tensor, *, recurse: bool = False) -> dict[str, Tensor]:
     """Name -> (B, S, p), from the Jacobian of one sample after the other."""
-    own = {name: value.detach().requires_grad_() for name, value in layer.named_parameters(recurse=False)}
+    own = {name: value.detach().requires_grad_() for name, value in layer.named_parameters(recurse=recurse)}
     found: dict[str, list[Tensor]] = {name: [] for name in own}
     for x, g in zip(inputs.unflatten(0, (SAMPLES, -1)), gradients.unflatten(0, (SAMPLES, -1)), strict=True):
         outputs = functional_call(layer, own, (x.clone(),)).flatten()
-        one_by_one = [torch.autograd.grad(y, list(own.values()), retain_graph=True) for y in outputs]
+        one_by_one = [
+            torch.autograd.grad(y, list(own.values()), retain_graph=True, materialize_grads=True) for y in outputs
+        ]
         for name, derivatives in zip(own, zip(*one_by_one, strict=True), strict=True):
             jacobian = torch.stack([derivative.to_dense().flatten() for derivative in derivatives])
             found[name].append(g.transpose(0, 1).flatten(1) @ jacobian)
@@ -435,6 +439,43 @@ def test_the_rule_of_a_class_is_tried_for_classes_derived_from_it():
     assert rule_of(Own(4, 3), subclasses=False) is rules.by_vjp
     assert rule_of(Renamed(4, 3), subclasses=False) is rules.linear
     assert rule_of(timm.layers.LayerNorm2d(4), subclasses=True) is rules.by_vjp  # not that of its base, nn.LayerNorm
+
+
+WITHIN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
+    "weights by a parametrization": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3)),
+        (4, 5),
+        ["parametrizations.weight.original0", "parametrizations.weight.original1", "bias"],
+    ),
+    "an attention's weights": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 6, batch_first=True),
+        (3, 4),
+        ["self_attn.in_proj_weight", "self_attn.in_proj_bias", "self_attn.out_proj.weight"],
+    ),
+    "weights that are used without calling their layer": (
+        lambda: ShiftedWindowAttention(4, [2, 2], [1, 1], 2),
+        (4, 4, 4),
+        ["relative_position_bias_table", "qkv.weight", "proj.bias"],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # weight_norm has no batching rule
+@pytest.mark.parametrize("name", WITHIN)
+@pytest.mark.parametrize("most", [0, 2**24])
+def test_a_module_may_be_differentiated_for_those_within_it(name: str, most: int, monkeypatch: pytest.MonkeyPatch):
+    for module in (rules, terms):
+        monkeypatch.setattr(module, "MAX_BYTES", most)
+    torch.manual_seed(0)
+    make, size, names = WITHIN[name]
+    module, inputs = randomized(make()), torch.randn(SAMPLES, *size, dtype=torch.float64)
+    gradients = gradients_for(module, inputs)
+    expected = dense_rows(module, inputs, gradients, recurse=True)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        found = [(value, rows.dense()) for value, rows in rules.by_vjp(module, inputs, gradients, SAMPLES, names)]
+    for name, (value, rows) in zip(names, found, strict=True):
+        assert value is module.get_parameter(name)
+        torch.testing.assert_close(rows, expected[name], rtol=1e-10, atol=1e-10)
 
 
 def test_a_module_is_only_read_while_it_is_differentiated():
