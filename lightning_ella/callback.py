@@ -8,21 +8,20 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.utils.data import DataLoader
 
 from . import trainers
-from .data import Points, Unpack, inputs_and_targets
+from .data import Unpack, inputs_and_targets, points_of
 from .distributed import World
 from .fit import Fit, check, run
 from .linearize import Parameters, call
@@ -32,6 +31,7 @@ from .predictor import ELLAPredictor, fingerprint
 from .settings import Settings
 from .stages import Stages
 from .untouched import AS_BEFORE, Remembered, digest, remembered
+from .view import View
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ELLACallback(Callback):
         likelihood: what the network's outputs mean.
         weights: "last", the weights that the module has when training ends, EMA or SWA included; or "best", those of
             the best checkpoint, in a copy of the network that the predictor keeps: the module keeps the last ones.
-        train_loader: the training data without augmentation.
+        train_loader: the training data without augmentation, a DataLoader or another iterable of batches.
         calibration_loader: data that the network has never seen.
         path: where the posterior is saved; by default `ella.safetensors` beside the checkpoints, or
             `ella-2.safetensors` where there is another network's.
@@ -84,8 +84,8 @@ class ELLACallback(Callback):
         likelihood: str = "classification",
         *,
         weights: Literal["last", "best"] = "last",
-        train_loader: DataLoader | None = None,
-        calibration_loader: DataLoader | None = None,
+        train_loader: Iterable[Any] | None = None,
+        calibration_loader: Iterable[Any] | None = None,
         path: str | Path | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         resume: bool = False,
@@ -98,9 +98,6 @@ class ELLACallback(Callback):
             raise ValueError(f"weights={weights!r} is not one of 'last', 'best'.")
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error={on_error!r} is not one of 'warn', 'raise'.")
-        for loader in (train_loader, calibration_loader):
-            if loader is not None:
-                Points(loader)
         self.settings = Settings(likelihood=likelihood, **settings)
         self.weights = weights
         self.train_loader, self.calibration_loader = train_loader, calibration_loader
@@ -165,7 +162,7 @@ class ELLACallback(Callback):
         with isolate_rng(), trainers.validating(trainer):
             (train, _), (calibration, _) = self._loaders(trainer, world)
         with isolate_rng(), trainers.validating(trainer), world.together("a look before training"), world.quiet():
-            network = _copied(pl_module) if self._takes_the_best(trainer) else pl_module
+            network = _copied(pl_module, shared=True) if self._takes_the_best(trainer) else pl_module
             with self._remembered(pl_module, "network and data were looked at"):
                 check(network, train, calibration, self._fitting(trainer, train), **self._functions(trainer))
 
@@ -354,7 +351,7 @@ class ELLACallback(Callback):
         best.load_state_dict(state, strict=best.strict_loading)
         return best, f"the weights of {Path(path).name}"
 
-    def _loaders(self, trainer: Trainer, world: World) -> tuple[tuple[DataLoader, str], tuple[DataLoader | None, str]]:
+    def _loaders(self, trainer: Trainer, world: World) -> tuple[trainers.Source, trainers.Source]:
         """The training and the calibration data, and where they come from."""
         with world.together("the choice of data"):
             train = self._given(trainer, "train_loader", "ella_train_dataloader")
@@ -362,16 +359,16 @@ class ELLACallback(Callback):
         # Lightning's own loaders are set up by collectives of its own, so outside of `together`.
         return train or trainers.training_data(trainer), unseen or trainers.validation_data(trainer)
 
-    def _given(self, trainer: Trainer, argument: str, method: str) -> tuple[DataLoader, str] | None:
+    def _given(self, trainer: Trainer, argument: str, method: str) -> trainers.Source | None:
         """The loader that the user gave, and its name: the argument, else the method of datamodule or module."""
         loader = getattr(self, argument)
         return trainers.data_of(trainer, method, argument) if loader is None else (loader, f"the data of {argument}")
 
-    def _fitting(self, trainer: Trainer, train: DataLoader) -> Settings:
+    def _fitting(self, trainer: Trainer, train: Iterable[Any]) -> Settings:
         """Under `fast_dev_run`, no more points than a quick look at the pipeline needs."""
         if not trainers.is_fast_dev_run(trainer):
             return self.settings
-        few = min(8, len(Points(train)))
+        few = min(8, len(points_of(train, trainers.as_in_training(trainer, self.unpack), 8)))
         return self.settings.limited(num_landmarks=few, num_curvature=few, num_calibration=few, rank=min(2, few))
 
     def _report(self, trainer: Trainer, fit: Fit, job: "_Job") -> None:
@@ -416,22 +413,26 @@ class _Job(NamedTuple):
     world: World
     network: LightningModule
     origin: str
-    train: DataLoader
-    calibration: DataLoader | None
+    train: Any
+    calibration: Any
     path: Path
     checkpoint: str | None
     stages: Stages
 
 
-def _copied(module: LightningModule) -> LightningModule:
-    """A network with weights of its own."""
+def _copied(module: LightningModule, *, shared: bool = False) -> LightningModule:
+    """A network of the same structure, with weights of its own or with `shared` ones.
+
+    What is neither a module nor a tensor of the network is shared, so that locks, files and clients are no hindrance.
+    """
     try:
-        return copy.deepcopy(module)
+        made = View(module, cast=lambda name, value: value if shared else value.clone()).root
     except Exception as error:  # whatever a class of the user's raises
         raise ValueError(
-            f"weights='best' works on a copy of the module, which cannot be copied ({error}): keep what cannot be "
-            "copied (a lock, a file, a client, a loss with its graph) off the module, or pass weights='last'."
+            f"weights='best' works on a copy of the module, which cannot be copied ({error}): pass weights='last', or "
+            "load the best checkpoint and fit with max_epochs=0."
         ) from error
+    return cast(LightningModule, made)
 
 
 def _as_on_first(network: LightningModule, world: World) -> LightningModule:

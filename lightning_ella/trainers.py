@@ -13,14 +13,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from torch.utils.data import DataLoader
 
 from .data import Unpack
 from .distributed import World
 from .fit import Progress, silent
 from .linearize import num_samples
+from .samplers import len_of
 
 PACKAGES = {"lightning", "pytorch_lightning", "lightning_fabric"}
+Source = tuple[Any, str]  # a loader, or None, and what it is
 SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
 
@@ -97,14 +98,14 @@ def as_in_training(trainer: Trainer, unpack: Unpack) -> Unpack:
     return unpacked
 
 
-def training_data(trainer: Trainer) -> tuple[DataLoader, str]:
+def training_data(trainer: Trainer) -> Source:
     """The loader that the network is trained on, and what it is."""
     trainer.fit_loop.setup_data()
     found = only(trainer.train_dataloader, "train_loader")
     return found, "the training data (with their augmentation, if any)"
 
 
-def validation_data(trainer: Trainer) -> tuple[DataLoader | None, str]:
+def validation_data(trainer: Trainer) -> Source:
     """The first validation loader, if there is one, and what it is."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     try:
@@ -125,10 +126,12 @@ def validation_data(trainer: Trainer) -> tuple[DataLoader | None, str]:
         if not loaders:
             return None, "nothing"
         return only(loaders[0], "calibration_loader"), f"the first of {len(loaders)} validation loaders"
-    return (None, "nothing") if loaders is None else (only(loaders, "calibration_loader"), "the validation data")
+    if loaders is None or len_of(loaders) == 0:
+        return None, "nothing"
+    return only(loaders, "calibration_loader"), "the validation data"
 
 
-def data_of(trainer: Trainer, method: str, argument: str) -> tuple[DataLoader, str] | None:
+def data_of(trainer: Trainer, method: str, argument: str) -> Source | None:
     """The loader that a `method` of the datamodule or the module gives, and what it is; None where none has it."""
     for owner in _owners(trainer):
         if callable(getattr(owner, method, None)):
@@ -136,16 +139,14 @@ def data_of(trainer: Trainer, method: str, argument: str) -> tuple[DataLoader, s
     return None
 
 
-def only(loader: Any, argument: str) -> DataLoader:
-    """Return `loader`; raise an error that names the `argument` to pass if it is no single DataLoader."""
+def only(loader: Any, argument: str) -> Any:
+    """Return `loader`; raise an error that names the `argument` to pass if there is none or if there are several."""
     if loader is None:
         raise ValueError(f"the trainer has no data for ELLA's {argument}: pass {argument}= to ELLACallback.")
-    if not isinstance(loader, DataLoader):
-        several = isinstance(loader, (list, tuple, Mapping))
-        what = f"a {type(loader).__name__}" + (f" of {len(loader)} loaders" if several else "")
+    if isinstance(loader, (list, tuple, Mapping)):
         raise TypeError(
-            f"ELLA needs one torch DataLoader, but the trainer has {what}: pass {argument}= to ELLACallback, "
-            "a DataLoader of the same data."
+            f"ELLA needs one DataLoader, but the trainer has a {type(loader).__name__} of {len(loader)}: "
+            f"pass {argument}= to ELLACallback."
         )
     return loader
 

@@ -96,6 +96,30 @@ def probabilities(module: pl.LightningModule, x: Tensor) -> Tensor:
     return module.ella(x).probs
 
 
+def broken(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("broken")
+
+
+def killed(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class Fault(pl.Callback):
+    """After training, a part of the fit fails: the look before it has seen nothing."""
+
+    def __init__(self, part: str = "curvature", fault: Any = broken):
+        self.part, self.fault = f"lightning_ella.fit.{part}", fault
+        self.patch = pytest.MonkeyPatch()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.patch.setattr(self.part, self.fault)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.patch.undo()
+
+    on_exception = teardown
+
+
 def test_after_fit_the_module_is_a_bayesian_predictor(tmp_path: Path):
     pl.seed_everything(0, verbose=False)
     module, ella = Net(), ELLACallback(likelihood="classification", **SMALL)
@@ -416,20 +440,37 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path, settings: d
         trainer.fit(module, Data())
 
 
-def test_frozen_modules_streams_and_many_loaders_are_refused(tmp_path: Path):
+def test_frozen_modules_and_many_loaders_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="requires_grad=True"):
         make_trainer(tmp_path, ELLACallback(**SMALL)).fit(Net().requires_grad_(False), Data())
-    with pytest.raises(TypeError, match="IterableDataset"):
-        make_trainer(tmp_path, ELLACallback(**SMALL), max_steps=2).fit(Net(), DataLoader(Stream(), batch_size=16))
-    with pytest.raises(TypeError, match="IterableDataset"):
-        ELLACallback(train_loader=DataLoader(Stream(), batch_size=16))
     loaders = [Data().train_dataloader(), Data().train_dataloader()]
     module = Net()
     module.training_step = lambda batch, batch_idx: module(batch[0][0]).sum()
-    with pytest.raises(TypeError, match="the trainer has a list of 2 loaders: pass train_loader= to ELLACallback"):
+    with pytest.raises(TypeError, match="the trainer has a list of 2: pass train_loader= to ELLACallback"):
         make_trainer(tmp_path, ELLACallback(**SMALL)).fit(module, loaders)
-    with pytest.raises(TypeError, match="the trainer has a Wrapped: pass train_loader= to ELLACallback"):
-        make_trainer(tmp_path, ELLACallback(**SMALL)).fit(Net(), Wrapped(Data().train_dataloader()))
+
+
+class Wrapped:
+    """A loader around a loader, as libraries have them."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("kind", ["a stream", "a loader around a loader"])
+def test_loaders_that_only_give_batches_are_followed(tmp_path: Path, kind: str, fast: bool):
+    train = DataLoader(Stream(), batch_size=16) if kind == "a stream" else Wrapped(Data().train_dataloader())
+    ella = ELLACallback(**SMALL)
+    make_trainer(tmp_path, ella, fast_dev_run=fast).fit(Net(), train, Wrapped(Data().val_dataloader()))
+    assert ella.predictor(torch.ones(1, 2)).probs.shape == (1, 3)
+    assert ella.predictor.rank == (2 if fast else 4)
 
 
 def test_weights_that_do_not_exist_are_refused():
@@ -561,17 +602,11 @@ def test_a_fit_goes_on_where_it_was_cut_short(tmp_path: Path, how: str, caplog: 
     assert not list(tmp_path.rglob("*.stage"))
 
 
-def killed(*args: Any, **kwargs: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def test_stages_of_another_fit_are_not_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = tmp_path / "ella.safetensors"
     module = Net()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_ella.fit._calibrated", killed)
-        with pytest.raises(SystemExit):
-            make_trainer(tmp_path, ELLACallback(path=path, **SMALL)).fit(module, Data())
+    with pytest.raises(SystemExit):
+        make_trainer(tmp_path, Fault("_calibrated", killed), ELLACallback(path=path, **SMALL)).fit(module, Data())
     kept = {path: path.read_bytes() for path in tmp_path.glob("ella.safetensors.*.stage")}
     assert len(kept) == 2
 
@@ -598,9 +633,7 @@ def test_a_fit_that_fails_leaves_no_older_posterior(tmp_path: Path):
     assert ella.predictor is None
     make_trainer(tmp_path, ella).fit(module, Data())
     assert ella.predictor is not None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_ella.fit.curvature", broken)
-        make_trainer(tmp_path, ella, max_epochs=1).fit(module, Data())
+    make_trainer(tmp_path, Fault(), ella, max_epochs=1).fit(module, Data())
     with pytest.raises(RuntimeError, match="the posterior could not be fitted: broken"):
         _ = ella.predictor
     assert not module.ella
@@ -622,9 +655,8 @@ def test_where_nothing_was_trained_an_error_is_raised(tmp_path: Path, limit: str
 
 
 def test_stages_that_are_left_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "lightning_ella"):
-        patch.setattr("lightning_ella.fit._calibrated", broken)
-        trainer = make_trainer(tmp_path, ELLACallback(**SMALL))
+    trainer = make_trainer(tmp_path, Fault("_calibrated"), ELLACallback(**SMALL))
+    with caplog.at_level(logging.WARNING, "lightning_ella"):
         trainer.fit(Net(), Data())
     folder = Path(trainer.checkpoint_callback.dirpath)
     left = [str(folder / f"ella.safetensors.{stage}.stage") for stage in ("basis", "curvature")]
@@ -678,10 +710,8 @@ def test_copies_that_a_library_fits_tell_the_callback_of_the_user(tmp_path: Path
     again = make_trainer(tmp_path, owners[1]["callbacks"][0], max_epochs=0, enable_checkpointing=False)
     again.fit(second, Data())  # the same network's posterior is replaced, where it is
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["ella-2.safetensors", "ella.safetensors"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_ella.fit.curvature", broken)
-        third = copy.deepcopy(ella)
-        make_trainer(tmp_path, third, max_epochs=1, enable_checkpointing=False).fit(Net(), Data())
+    third = copy.deepcopy(ella)
+    make_trainer(tmp_path, Fault(), third, max_epochs=1, enable_checkpointing=False).fit(Net(), Data())
     with pytest.raises(RuntimeError, match="the posterior could not be fitted: broken"):
         _ = ella.predictor
 
@@ -745,9 +775,8 @@ def test_a_pickle_of_the_callback_says_where_the_posterior_is(tmp_path: Path):
     assert module.ella is restored.predictor is not ella.predictor
 
 
-def test_a_module_without_posterior_is_copied_and_pickled_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lightning_ella.fit.curvature", broken)
-    make_trainer(tmp_path, ELLACallback(**SMALL)).fit(module := Net(), Data())
+def test_a_module_without_posterior_is_copied_and_pickled_as_before(tmp_path: Path):
+    make_trainer(tmp_path, Fault(), ELLACallback(**SMALL)).fit(module := Net(), Data())
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         with pytest.raises(RuntimeError, match="the posterior could not be fitted: broken"):
             copied.ella(torch.ones(1, 2))
@@ -768,19 +797,6 @@ def test_a_network_may_log_in_forward(tmp_path: Path):
     assert {"norm", "largest", "ella/nll"} <= set(trainer.callback_metrics)
 
 
-class Wrapped:
-    """A loader around a loader, as libraries have them."""
-
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
-
-    def __iter__(self):
-        return iter(self.loader)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-
 class Meddling:
     """An `unpack=` that has got hold of the network, and writes to it."""
 
@@ -798,7 +814,7 @@ class Meddling:
 
 @pytest.mark.parametrize("when", ["before", "after", "after, with an error"])
 def test_what_is_written_to_the_network_on_the_way_is_put_back(
-    tmp_path: Path, when: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, when: str, caplog: pytest.LogCaptureFixture
 ):
     def train(*callbacks: pl.Callback) -> Net:
         pl.seed_everything(0, verbose=False)
@@ -811,10 +827,9 @@ def test_what_is_written_to_the_network_on_the_way_is_put_back(
     plain = copy.deepcopy(train())
     module = Net()
     module.load_state_dict(start)
-    if "error" in when:
-        monkeypatch.setattr("lightning_ella.fit.curvature", broken)
+    faults = [Fault()] if "error" in when else []
     with caplog.at_level(logging.WARNING, "lightning_ella"):
-        train(ELLACallback(**SMALL, unpack=Meddling(module, when)))
+        train(*faults, ELLACallback(**SMALL, unpack=Meddling(module, when)))
     during = "network and data were looked at" if when == "before" else "the posterior was fitted"
     assert f"while {during}, something (forward=, unpack= or the network itself) wrote to the network's" in caplog.text
     assert "which has been put back; the network is as it would be without ELLA" in caplog.text
@@ -822,10 +837,6 @@ def test_what_is_written_to_the_network_on_the_way_is_put_back(
     assert [m.training for m in module.modules()] == [m.training for m in plain.modules()]
     assert [p.requires_grad for p in module.parameters()] == [p.requires_grad for p in plain.parameters()]
     assert not hasattr(module, "seen")
-
-
-def broken(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("broken")
 
 
 def test_two_callbacks_need_two_files(tmp_path: Path):
