@@ -187,7 +187,7 @@ def inputs_and_targets(batch: Any) -> tuple[Inputs, Tensor]:
         return batch[0], batch[1]
     entries = _entries(batch)
     targets = _names(entries, TARGETS)
-    if len(targets) != 1 or any(name in entries for name in SPLITS):
+    if len(targets) != 1 or _which_count(entries, "batch", targets[0]):
         raise _not_understood(batch)
     others = [name for name in entries if name != targets[0]]
     usual = [name for name in others if str(name).lower() in INPUTS]
@@ -263,11 +263,21 @@ def _suggestion(batch: Any) -> str:
     if last is None:
         return "(inputs, targets), or (inputs, targets, weights)"
     target = part.format(last) + found[last]
-    splits = [part.format(name) for name in SPLITS if name in entries]
-    if splits:
-        return f"(batch, {target}, {splits[0]})"
+    if counting := _which_count(entries, part, last):
+        return f"(batch, {target}, {counting})"
     first = [name for name in _names(entries, INPUTS) if name != last] or [name for name in entries if name != last]
     return f"({part.format(first[0])}, {target})" + "".join(f", or {part.format(name)}" for name in named[1:])
+
+
+def _which_count(entries: Mapping[Any, Any], part: str, target: Any) -> str | None:
+    """Weights of the nodes of one graph, as an expression, where not all of them are points: it has a mask or seeds."""
+    for name in SPLITS:
+        if name in entries:
+            return part.format(name)
+    seeds = entries.get("batch_size")
+    if isinstance(seeds, int) and isinstance(entries[target], Tensor) and seeds < len(entries[target]):
+        return f"torch.arange(len({part.format(target)})) < {part.format('batch_size')}"
+    return None
 
 
 def _path_to_tensor(value: Any) -> str | None:

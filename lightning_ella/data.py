@@ -197,9 +197,18 @@ class Indexed(Points):
         spread = iter([i * (len(self) - 1) // (sum(LOOKED_AT) - 1) for i in range(sum(LOOKED_AT))])
         with seeded(0), undisturbed(self.loader):
             for count in LOOKED_AT[: min(len(self), self._batch_size)]:
+                try:
+                    collated = list(self.loaded(list(islice(spread, count)), count))
+                except RuntimeError as error:  # a batch sampler may know which of them can be stacked
+                    if count == 1 or self.loader.batch_size is not None:
+                        raise
+                    self._batch_size = 1
+                    log.info(
+                        "ELLA: these points do not go into one batch in any order (%s): one is loaded at a time.", error
+                    )
+                    break
                 with telling(not seen):
-                    batches = self.loaded(list(islice(spread, count)), count)
-                    seen += [(count, unpacked(self.unpack, raw)) for raw in batches]
+                    seen += [(count, unpacked(self.unpack, raw)) for raw in collated]
         one_each = all(len(batch.targets) == count for count, batch in seen)
         structures = [tree_structure(as_tree(batch.inputs)) for _, batch in seen]
         by_rows = all(has_rows(batch.inputs, count) for count, batch in seen)

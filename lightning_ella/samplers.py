@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 SLACK = 1000  # indices that a sampler of a tiny dataset may repeat before it counts as one without end
 REPEATS = 100  # passes over the dataset that a sampler may announce by its length
 LARGEST = 10**7  # points of a dataset that does not say how many it has
+BLOCK = 256  # of what a sampler gives are taken at a time
 SEARCHED = 2000  # objects that are looked through for generators
 
 
@@ -103,17 +105,19 @@ def _with_weight(sampler: Any, size: int | None) -> list[Any] | None:
 
 def _given_by(source: Iterable[Any], size: int | None, *, batched: bool) -> tuple[Sequence[Any], bool]:
     """What iterating gives, each once, in order, and whether it comes in lists."""
-    found: dict[Any, None] = {}
+    found: set[Any] = set()
     announced = len_of(source) or 0
     announced = announced if announced <= REPEATS * (size or LARGEST) else 0
-    stale, lists = 0, batched
-    for count, item in enumerate(source):
-        lists = lists or isinstance(item, list) or (isinstance(item, (Tensor, np.ndarray)) and item.ndim > 0)
-        keys = [_plain_key(key) for key in (item if lists else [item])]
+    count, stale, items, lists = 0, 0, iter(source), batched
+    while block := list(islice(items, BLOCK)):
+        lists = (
+            lists or isinstance(block[0], list) or (isinstance(block[0], (Tensor, np.ndarray)) and block[0].ndim > 0)
+        )
+        keys = [key for item in block for key in item] if lists else block
         before = len(found)
-        found.update(dict.fromkeys(keys))
-        stale = 0 if len(found) > before else stale + max(1, len(keys))
-        nothing_new = stale > 2 * max(size or 0, len(found)) + SLACK and count >= announced
+        found.update(keys if set(map(type, keys)) <= {int, str} else map(_plain_key, keys))
+        count, stale = count + len(block), 0 if len(found) > before else stale + max(len(block), len(keys))
+        nothing_new = stale > 2 * max(size or 0, len(found)) + SLACK and count > announced
         if nothing_new or len(found) > 2 * (size or LARGEST) + SLACK:
             raise ValueError(
                 f"the loader's {type(source).__name__} gives indices without an end, so ELLA cannot know the points: "
@@ -122,7 +126,7 @@ def _given_by(source: Iterable[Any], size: int | None, *, batched: bool) -> tupl
     try:
         return sorted(found), lists
     except TypeError:  # keys of several kinds
-        return list(found), lists
+        return sorted(found, key=repr), lists
 
 
 def _plain_key(key: Any) -> Any:
@@ -133,7 +137,7 @@ def len_of(thing: Any) -> int | None:
     """Its length, or None if it has none."""
     try:
         return len(thing)
-    except (TypeError, NotImplementedError):
+    except (TypeError, ValueError, NotImplementedError):
         return None
 
 

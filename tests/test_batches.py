@@ -176,6 +176,8 @@ def test_an_object_of_several_parts_stays_whole(batch: Any):
         ({"image": X, "mask": MASK, "label": Y}, r"\(batch\['image'\], batch\['mask'\]\), or batch\['label'\]\."),
         (SimpleNamespace(signal=X, age=Y), r"with 'signal', 'age': .*\(batch.signal, batch.age\)\."),
         (Graphs(x=X, y=Y, train_mask=Y > 1), r"\(batch, batch.y, batch.train_mask\)\."),
+        ({"x": X, "y": Y, "val_mask": Y > 1}, r"\(batch, batch\['y'\], batch\['val_mask'\]\)\."),
+        (Graphs(x=X, y=Y, batch_size=2), r"\(batch, batch.y, torch.arange\(len\(batch.y\)\) < batch.batch_size\)\."),
         (["a"] * 9, r"a list of 9 \(str, str, str, str, str, str, …\): pass unpack=lambda batch: \(inputs, targets\)"),
     ],
 )

@@ -399,6 +399,16 @@ def test_a_batch_size_of_one_is_never_exceeded():
     assert visited(points_of(DataLoader(sets, 1))) == list(range(12))
 
 
+def test_points_that_only_a_batch_sampler_can_put_together_are_loaded_alone(caplog: Any):
+    caplog.set_level(logging.INFO, "lightning_ella")
+    sets = [(x, torch.tensor(y)) for x, y in SETS]
+    points = points_of(DataLoader(sets, batch_sampler=[[i, i + 4, i + 8] for i in range(4)]))
+    assert visited(points) == list(range(12))
+    assert "one is loaded at a time" in caplog.text
+    with pytest.raises(RuntimeError, match="stack expects each tensor to be equal size"):
+        points_of(DataLoader(sets, 4))  # as in training
+
+
 def test_points_of_one_graph_are_its_labelled_nodes(caplog: Any):
     caplog.set_level(logging.INFO, "lightning_ella")
     graph = Graphs(torch.randn(9, 2), torch.zeros(9), torch.arange(9))
