@@ -180,10 +180,13 @@ class Layerwise:
                 v = cotangents(run.logits.detach()).to(run.logits)
                 signature, moves = structure(run.logits, run.leaves)
                 key = signature, run.lengths, len(v)
-                if not (wrong := self._misused(inputs, run, key)):
+                new = signature not in self._structures
+                wrong = self._overwritten(run) | (self._misused(run) if new else frozenset())
+                if not wrong:
                     prove = moves or key not in self._proven
                     gradients = pull_back(run.logits, run.targets, v, keep=prove)
                     wrong = self._misplaced(run, gradients, v) if prove else wrong
+            wrong = wrong or (self._misused_alone(inputs) if new else wrong)
             if wrong:
                 self._take_back(wrong)
                 if folding.pairs:
@@ -192,6 +195,7 @@ class Layerwise:
             self._proven.clear()
             self._structures.clear()
         self._proven.add(key)
+        self._structures.add(signature)
         return run.logits.detach(), self._backward(inputs, run, gradients, v)  # type: ignore[possibly-undefined]
 
     @contextmanager
@@ -243,26 +247,51 @@ class Layerwise:
 
     # The proof of the fast routes
 
-    def _misused(self, inputs: Inputs, run: Pass, key: Any) -> frozenset[str]:
-        """Names of parameters that are used otherwise than by calling their layer, where the graph is a new one.
+    @property
+    def _fast(self) -> frozenset[str]:
+        return (self._by_rule or frozenset()) | self._expanded
 
-        All samples together, the rules must give what autograd gives along random directions; and each of two
-        samples by itself what it gives for that one.
-        """
-        known = (self._by_rule or frozenset()) | self._expanded
-        overwritten = known & self._overwritten(run)
-        if overwritten or not known or key[0] in self._structures:
-            return overwritten
-        wrong = known - self._agreeing_in_sum(run)
+    def _misused_alone(self, inputs: Inputs) -> frozenset[str]:
+        """Names of parameters whose rows for two of the samples are not what autograd gives for each."""
+        if not self._fast:
+            return frozenset()
         with self._without_autocast():
-            wrong = wrong or known - self._agreeing(_two(inputs))
-        if not wrong:
-            self._structures.add(key[0])
-        return wrong
+            return self._fast - self._agreeing(_two(inputs))
+
+    def _misused(self, run: Pass) -> frozenset[str]:
+        """Names of parameters whose rows, summed over all samples, are not autograd's gradient along some directions.
+
+        They are not where a weight is used otherwise than by calling its layer.
+        """
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(run.logits.shape, generator=generator).to(run.logits)
+        names = [name for name in run.leaves if name in (self._by_rule or ())]
+        leaves = [run.leaves[name] for name in names]
+        if not run.logits.requires_grad or not names:
+            return frozenset()
+        exact = torch.autograd.grad(run.logits, leaves, v, retain_graph=True, materialize_grads=True)
+        directions = {
+            name: torch.randn(DIRECTIONS, leaf.numel(), generator=generator).to(leaf)
+            for name, leaf in zip(names, leaves, strict=True)
+        }
+        gradients = pull_back(run.logits, run.targets, v.unsqueeze(1), keep=True)
+        found, broken = self._by_calls(run, gradients, lambda name, term: term.times(directions[name]).sum((0, 1)))
+        autocast = torch.is_autocast_enabled(run.logits.device.type)
+        whole = torch.stack([gradient.norm() for gradient in exact]).norm()
+        rounding = 100 * torch.finfo(run.logits.dtype).eps * whole + 1e-12
+        wrong = set(broken)
+        for name, gradient in zip(names, exact, strict=True):
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            gap = found.get(name, 0) - directions[name] @ gradient.flatten()
+            if not gap.norm() <= (BY_AUTOCAST if autocast else TOLERANCE) * gradient.norm() + rounding:
+                wrong.add(name)
+        return frozenset(wrong)
 
     def _overwritten(self, run: Pass) -> frozenset[str]:
         """Names of parameters of layers whose input is not there any more."""
-        return frozenset().union(*(self._names_of(c.layer) for c in run.calls if version(c.inputs) != c.version))
+        return self._fast & frozenset().union(
+            *(self._names_of(c.layer) for c in run.calls if version(c.inputs) != c.version)
+        )
 
     def _misplaced(self, run: Pass, found: list[Tensor | None], cotangents: Tensor) -> frozenset[str]:
         """Names of parameters of layers of which row b is not that of sample b alone.
@@ -282,33 +311,7 @@ class Layerwise:
             if one is not None and other is not None and not _follows(one[:, 0], other[:, 0], alphas)
             for name in names
         }
-        return wrong & ((self._by_rule or frozenset()) | self._expanded)
-
-    def _agreeing_in_sum(self, run: Pass) -> frozenset[str]:
-        """Names of parameters whose rows, summed over all samples, are autograd's gradient along a few directions."""
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(run.logits.shape, generator=generator).to(run.logits)
-        names = [name for name in run.leaves if name in (self._by_rule or ())]
-        leaves = [run.leaves[name] for name in names]
-        if not run.logits.requires_grad or not names:
-            return frozenset(run.leaves)
-        exact = torch.autograd.grad(run.logits, leaves, v, retain_graph=True, materialize_grads=True)
-        directions = {
-            name: torch.randn(DIRECTIONS, leaf.numel(), generator=generator).to(leaf)
-            for name, leaf in zip(names, leaves, strict=True)
-        }
-        gradients = pull_back(run.logits, run.targets, v.unsqueeze(1), keep=True)
-        found, broken = self._by_calls(run, gradients, lambda name, term: term.times(directions[name]).sum((0, 1)))
-        autocast = torch.is_autocast_enabled(run.logits.device.type)
-        whole = torch.stack([gradient.norm() for gradient in exact]).norm()
-        rounding = 100 * torch.finfo(run.logits.dtype).eps * whole + 1e-12
-        wrong = set(broken)
-        for name, gradient in zip(names, exact, strict=True):
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            gap = found.get(name, 0) - directions[name] @ gradient.flatten()
-            if not gap.norm() <= (BY_AUTOCAST if autocast else TOLERANCE) * gradient.norm() + rounding:
-                wrong.add(name)
-        return frozenset(run.leaves) - wrong
+        return wrong & self._fast
 
     def _by_calls(
         self, run: Pass, gradients: list[Tensor | None], part: Callable[[str, Rows], Tensor]
@@ -316,14 +319,15 @@ class Layerwise:
         """By name, the sum over the calls of a part of each term; and the names of layers whose rule cannot be used."""
         found: dict[str, Any] = {}
         broken: set[str] = set()
+        names = {leaf: name for name, leaf in run.leaves.items() if name in (self._by_rule or ())}
+        names |= {parameter: name for parameter, name in self.network.names.items() if self._has_rule(parameter)}
         for call, gradient in zip(run.calls, gradients, strict=False):
             if gradient is None:
                 continue
             try:
                 for parameter, term in call.rule(call.layer, call.inputs, gradient, len(run.logits)):
-                    if parameter is not None and self._has_rule(parameter):
-                        name = self.network.names[parameter]
-                        found[name] = found.get(name, 0) + part(name, term)
+                    if parameter in names:  # or what stands in for it
+                        found[names[parameter]] = found.get(names[parameter], 0) + part(names[parameter], term)
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # not a shape of B samples
                 broken |= self._names_of(call.layer)
         return found, broken
@@ -344,8 +348,7 @@ class Layerwise:
         return self.network.names.get(parameter) in (self._by_rule or ())
 
     def _uncovered(self) -> dict[str, Tensor]:
-        covered = (self._by_rule or frozenset()) | self._expanded
-        return {name: value for name, value in self.network.parameters_taken.items() if name not in covered}
+        return {name: value for name, value in self.network.parameters_taken.items() if name not in self._fast}
 
     # The slow route
 
