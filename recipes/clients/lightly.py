@@ -1,0 +1,27 @@
+# /// script
+# dependencies = ["lightly"]
+# ///
+"""lightly's linear evaluation: a frozen network with a trained head, batches with the names of the files."""
+
+from clients import compare, fit, pictures
+from lightly.data import LightlyDataset
+from lightly.utils.benchmarking import LinearClassifier
+from pytorch_lightning import Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
+
+
+def loader(count, shuffle=False):
+    named = LightlyDataset.from_torch_dataset(TensorDataset(*pictures(count)))
+    return DataLoader(named, batch_size=32, shuffle=shuffle)
+
+
+def train(callbacks):
+    network = resnet18()
+    network.fc = nn.Identity()
+    module = LinearClassifier(network, batch_size_per_device=32, feature_dim=512, num_classes=4, topk=(1,))
+    return fit(module, [loader(200, shuffle=True), loader(201)], callbacks, trainer=Trainer, max_epochs=3)
+
+
+compare("lightly", "LinearClassifier, ResNet-18", train)

@@ -1,0 +1,40 @@
+# /// script
+# dependencies = ["segmentation-models-pytorch"]
+# ///
+"""The Lightning module of segmentation-models-pytorch's own example: an FPN that tells pets from the rest."""
+
+import segmentation_models_pytorch as smp
+import torch
+from clients import Steps, compare, fit, pictures
+from torch.utils.data import DataLoader
+
+
+class PetModel(Steps):
+    """As in the example."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = smp.create_model("fpn", encoder_name="resnet18", encoder_weights=None, in_channels=3, classes=1)
+        self.register_buffer("std", torch.ones(1, 3, 1, 1))
+        self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+        self.loss_fn = smp.losses.DiceLoss(smp.losses.BINARY_MODE, from_logits=True)
+
+    def forward(self, image):
+        return self.model((image - self.mean) / self.std)
+
+    def loss(self, batch, split):
+        return self.loss_fn(self(batch["image"]), batch["mask"])
+
+
+def loader(count, shuffle=False):
+    images, _ = pictures(count, size=32)
+    masks = (images.mean(1, keepdim=True) > 0.1).float()
+    samples = [{"image": image, "mask": mask, "trimap": mask + 1} for image, mask in zip(images, masks, strict=True)]
+    return DataLoader(samples, batch_size=16, shuffle=shuffle)
+
+
+def train(callbacks):
+    return fit(PetModel(), [loader(48, shuffle=True), loader(49), loader(50)], callbacks, max_epochs=3)
+
+
+compare("segmentation-models-pytorch", "FPN, ResNet-18", train, likelihood="binary")

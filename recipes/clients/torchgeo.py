@@ -1,0 +1,66 @@
+# /// script
+# dependencies = ["torchgeo"]
+# ///
+"""torchgeo's tasks, whose batches are dicts of image and label or mask."""
+
+import torch
+from clients import compare, fit, pictures
+from torch.utils.data import Dataset
+from torchgeo.datamodules import NonGeoDataModule
+from torchgeo.trainers import ClassificationTask, PixelwiseRegressionTask, RegressionTask, SemanticSegmentationTask
+
+
+class Tiles(Dataset):
+    """Images of 32 × 32 pixels, and a target of each."""
+
+    def __init__(self, split, target, count=160):
+        images, labels = pictures(count if split == "train" else count // 2 + len(split), size=32)
+        bright = images.mean(1)
+        targets = {
+            "label": ("label", labels),
+            "number": ("label", images.mean((1, 2, 3))[:, None] * 10),
+            "mask": ("mask", (bright > 0).long()),
+            "depth": ("mask", bright),
+        }
+        name, values = targets[target]
+        self.samples = [{"image": image, name: value} for image, value in zip(images, values, strict=True)]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return dict(self.samples[index])
+
+
+def data(target, count=160):
+    module = NonGeoDataModule(Tiles, batch_size=32, num_workers=0, target=target, count=count)
+    module.mean, module.std = torch.tensor(0.0), torch.tensor(1.0)
+    return module
+
+
+def classification(callbacks):
+    task = ClassificationTask(model="resnet18", weights=None, in_channels=3, num_classes=4, lr=1e-3)
+    return fit(task, data("label"), callbacks, max_epochs=2)
+
+
+def regression(callbacks):
+    task = RegressionTask(model="resnet18", weights=None, in_channels=3, num_outputs=1, lr=1e-3)
+    return fit(task, data("number"), callbacks, max_epochs=2)
+
+
+def segmentation(callbacks):
+    task = SemanticSegmentationTask(
+        model="unet", backbone="resnet18", weights=None, in_channels=3, task="multiclass", num_classes=2, lr=1e-3
+    )
+    return fit(task, data("mask", 48), callbacks, max_epochs=2)
+
+
+def depth(callbacks):
+    task = PixelwiseRegressionTask(model="unet", backbone="resnet18", weights=None, in_channels=3, lr=1e-3)
+    return fit(task, data("depth", 48), callbacks, max_epochs=2)
+
+
+compare("torchgeo", "ClassificationTask, ResNet-18", classification)
+compare("torchgeo", "RegressionTask, ResNet-18", regression, likelihood="regression")
+compare("torchgeo", "SemanticSegmentationTask, U-Net", segmentation)
+compare("torchgeo", "PixelwiseRegressionTask, U-Net", depth, likelihood="regression")
