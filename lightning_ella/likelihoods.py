@@ -4,6 +4,7 @@ To add one, subclass `Likelihood` and name it in `LIKELIHOODS`; a user does the 
 one row for each sample, or for each position (token, pixel) of a sample. Targets are (*), or (*, C) `per_output`.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import log, pi
@@ -15,11 +16,14 @@ from torch.nn.functional import logsigmoid, one_hot, pad
 from torchmetrics import MetricCollection
 
 from .metrics import classification_metrics, label_metrics, regression_metrics
-from .predictions import ClassPrediction, Gaussian, LabelPrediction, NormalPrediction, Prediction
-from .top import IGNORED
+from .predictions import ClassPrediction, Gaussian, LabelPrediction, NormalPrediction, Prediction, softmax
+from .top import IGNORED, without_channel
+
+logger = logging.getLogger(__name__)
 
 LEVEL = 0.9  # of the interval whose coverage is reported
 CLOSEST = 1e-3  # that two cumulative logits count as: the information of equal ones is infinite
+DIFFERENT = 100.0  # times as large: residuals of outputs that are in other units
 LARGEST = 40.0  # logarithm of a rate: sums of squares of what is larger are no numbers
 
 
@@ -34,6 +38,7 @@ class Likelihood(ABC):
     invariant = False  # a constant added to all outputs changes nothing
     one_of_many = False  # outputs that are unlikely can be put together (`Settings.top_outputs`)
     has_temperature = False  # `tempered` does something, so that there is a temperature to choose
+    has_units = False  # outputs are in the units of the targets, rather than pure numbers as logits are
     temperature_is_noise = False  # it multiplies a variance of noise, and divides the curvature
 
     @classmethod
@@ -65,8 +70,10 @@ class Likelihood(ABC):
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the targets as the other methods take them; a ValueError names the fix if they cannot be used."""
         expected = outputs.shape if self.per_output else outputs.shape[:-1]
-        if self.per_output and outputs.shape[-1] == 1 and targets.shape == outputs.shape[:-1]:
-            targets = targets.unsqueeze(-1)
+        targets = without_channel(targets, expected)
+        if self.per_output and outputs.shape[-1] == 1:
+            one = without_channel(targets, outputs.shape[:-1])
+            targets = one.unsqueeze(-1) if one.shape == outputs.shape[:-1] else targets
         if targets.shape != expected:
             raise ValueError(
                 f"{self._name} needs targets of the shape {tuple(expected)}, but they have the shape "
@@ -103,6 +110,10 @@ class Likelihood(ABC):
         parts = prediction.tempered.in_parts()
         logs = torch.cat([self.log_prob(f, targets.expand(len(f), *targets.shape)) for f in parts])
         return log(len(logs)) - logs.logsumexp(0)
+
+    def sees_samples_only(self, predictive: str) -> bool:
+        """Whether `nll` depends on the Gaussian by its samples alone, and not by its variance."""
+        return False
 
     def summary(self, prediction: Any, targets: Tensor) -> Tensor:
         """What `metrics` are updated with, (n, …): scores of each point, the mean of which is a figure."""
@@ -161,16 +172,17 @@ class Classification(Likelihood):
                 f"{self._name} needs at least two outputs, but the network has one: pass likelihood='binary', or "
                 "'regression'."
             )
+        targets = without_channel(targets, outputs.shape[:-1])
         if targets.shape != expected or targets.is_floating_point():
             raise ValueError(
-                f"{self._name} needs class indices of the shape {expected}, but the targets have "
-                f"the shape {tuple(targets.shape)} and the type {targets.dtype}: pass unpack=lambda batch: (x, labels)."
+                f"{self._name} needs class indices of the shape {expected}, but the targets have the shape "
+                f"{tuple(targets.shape)} and the type {targets.dtype}: {_way_to_indices(targets, outputs)}."
             )
         seen = targets[self.observed(targets)]
         if len(seen) and (seen.min() < 0 or seen.max() >= num_classes):
             raise ValueError(
                 f"labels must lie in [0, {num_classes}), the network's outputs, but they reach from "
-                f"{int(seen.min())} to {int(seen.max())}: pass an unpack= that maps them there."
+                f"{int(seen.min())} to {int(seen.max())}: {_way_into_range(seen, num_classes)}."
             )
         return targets.long()
 
@@ -214,8 +226,15 @@ class Classification(Likelihood):
 
     def nll(self, prediction: ClassPrediction, targets: Tensor) -> Tensor:
         """−log of the mean probability of the target; 0 where there is none."""
+        if prediction.predictive == "mc" and prediction.link is softmax:
+            logs = prediction.logits.label_log_probs(targets.clamp_min(0), prediction.temperature)
+            return torch.where(self.observed(targets), log(len(logs)) - logs.logsumexp(0), 0)
         probs = prediction.rows_of(prediction.probs).gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
         return torch.where(self.observed(targets), -probs.clamp_min(torch.finfo(probs.dtype).tiny).log(), 0)
+
+    def sees_samples_only(self, predictive: str) -> bool:
+        """By Monte Carlo."""
+        return predictive == "mc"
 
     def summary(self, prediction: ClassPrediction, targets: Tensor) -> Tensor:
         """Class probabilities, (n, C)."""
@@ -318,7 +337,7 @@ class MultiLabel(Likelihood):
         if len(seen) and (seen.min() < 0 or seen.max() > 1):
             raise ValueError(
                 f"{self._name} needs targets in [0, 1], but they reach from {float(seen.min()):g} to "
-                f"{float(seen.max()):g}: pass unpack=lambda batch: (x, targets)."
+                f"{float(seen.max()):g}: {_way_into_range(seen, 2)}."
             )
         return targets
 
@@ -370,9 +389,14 @@ class Binary(MultiLabel):
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Zeros and ones."""
         if outputs.shape[-1] != 1:
+            no_channel = outputs.ndim > 2 and without_channel(targets, outputs.shape).shape == outputs.shape
             raise ValueError(
                 f"{self._name} needs a network with one logit, but it has {outputs.shape[-1]}: pass "
-                "likelihood='classification' or 'multilabel'."
+                + (
+                    "forward=lambda model, x: model(x).unsqueeze(1), if each of these is the logit of a position."
+                    if no_channel
+                    else "likelihood='classification' or 'multilabel'."
+                )
             )
         return super().check(outputs, targets)
 
@@ -421,6 +445,7 @@ class Regression(Likelihood):
     predictives = ("exact",)
     per_output = True
     has_temperature = True
+    has_units = True
     temperature_is_noise = True
 
     def __init__(self, noise_variance: float | tuple[float, ...] | None = None, noise: str = "shared"):
@@ -478,15 +503,33 @@ class Regression(Likelihood):
         return self.noise_variance is not None
 
     def statistics(self, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Squared residuals of each output, (C,), and their weight, (1,)."""
-        squares = weights.double() @ (targets - outputs).double().square()
-        return torch.cat([squares, weights.double().sum().view(1)])
+        """Squared residuals of each output, (C,), squared rounding of its targets, (C,), and their weight, (1,)."""
+        weights, eps = weights.double(), torch.finfo(outputs.dtype).eps
+        squares = weights @ (targets.double() - outputs.double()).square()
+        return torch.cat([squares, weights @ (eps * targets.double()).square(), weights.sum().view(1)])
 
     def completed(self, sums: Tensor) -> "Regression":
-        """With the mean squared residual as the variance of the noise: the maximum of the likelihood."""
-        squares = (sums[:-1] / sums[-1]).clamp_min(1e-12)
-        shared = self.noise == "shared"
-        return type(self)(float(squares.mean()) if shared else tuple(squares.tolist()), self.noise)
+        """With the mean squared residual as the variance of the noise: the maximum of the likelihood.
+
+        It is no less than the rounding of the targets; an output that is always zero has that of the others.
+
+        Raises:
+            ValueError: if there is no target.
+        """
+        count = float(sums[-1])
+        if not count > 0:
+            raise ValueError("no point has a target that counts: pass data with targets, or noise_variance=.")
+        residuals, rounding = sums[:-1].chunk(2)
+        variances = torch.maximum(residuals, rounding) / count
+        mean = float(variances.mean()) or 1.0
+        variances = torch.where(variances > 0, variances, mean)
+        if self.noise == "shared" and variances.max() > DIFFERENT**2 * variances.min():
+            logger.warning(
+                "ELLA: residuals of the outputs lie between %.2g and %.2g, but share one variance of the noise: pass "
+                "noise='per-output'.",
+                *(float(variances.min().sqrt()), float(variances.max().sqrt())),
+            )
+        return type(self)(mean if self.noise == "shared" else tuple(variances.tolist()), self.noise)
 
     def settled(self, temperature: Tensor) -> tuple["Regression", Tensor]:
         """With the noise times the temperature."""
@@ -506,6 +549,7 @@ class Heteroscedastic(Likelihood):
     """
 
     per_output = True
+    has_units = True
     has_temperature = True
 
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -513,7 +557,7 @@ class Heteroscedastic(Likelihood):
         if outputs.shape[-1] % 2:
             raise ValueError(f"{self._name} needs means and log-variances, an even number, not {outputs.shape[-1]}.")
         means = outputs.chunk(2, -1)[0]
-        return super().check(means, targets.unsqueeze(-1) if targets.shape == means.shape[:-1] else targets).to(outputs)
+        return super().check(means, targets).to(outputs)
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Summed over the means."""
@@ -541,8 +585,46 @@ class Heteroscedastic(Likelihood):
         return Gaussian(torch.cat([mean, log_variance + temperature.log()], -1), logits.factor, logits.draws)
 
 
+def _way_to_indices(targets: Tensor, outputs: Tensor) -> str:
+    """What to pass where targets are no class indices for outputs (*, C)."""
+    axis = -1 if targets.shape == outputs.shape else 1
+    if targets.ndim == outputs.ndim and targets.movedim(axis, -1).shape == outputs.shape and (targets >= 0).all():
+        rows = targets.double().movedim(axis, -1)
+        if ((rows == 0) | (rows == 1)).all() and (rows.sum(-1) == 1).all():
+            return f"they are one-hot, so pass unpack=lambda batch: (batch[0], batch[1].argmax({axis}))"
+        if ((rows.sum(-1) - 1).abs() < 0.01).all():
+            return (
+                "they are soft labels, as of mixup, CutMix or smoothing, so pass train_loader= (or "
+                "calibration_loader=) a loader without them"
+            )
+    if targets.shape == outputs.shape[:-1] and (targets == targets.round()).all():
+        return "pass unpack=lambda batch: (batch[0], batch[1].long())"
+    return "pass unpack=lambda batch: (x, labels)"
+
+
+def _way_into_range(seen: Tensor, num_classes: int) -> str:
+    """What to pass where some of the labels that count are not in [0, C)."""
+    values = seen.unique().tolist()
+    odd = [value for value in values if not 0 <= value < num_classes]
+    if num_classes == 2 and set(values) <= {-1, 1}:
+        return "of labels -1 and 1 make 0 and 1 by unpack=lambda batch: (batch[0], (batch[1] + 1) // 2)"
+    if num_classes == 2 and set(values) <= {0, 255}:
+        return (
+            "where 255 means yes, pass unpack=lambda batch: (batch[0], batch[1] // 255); where it means that there is "
+            f"no label, map it to {IGNORED}, which is ignored"
+        )
+    if odd in ([255], [-1]):
+        return (
+            f"where {odd[0]:g} means that there is no label, map it to {IGNORED}, which is ignored: pass unpack="
+            f"lambda batch: (batch[0], batch[1].long().masked_fill(batch[1] == {odd[0]:g}, {IGNORED}))"
+        )
+    if odd == [num_classes] and values[0] >= 1:
+        return "they count from 1, so pass unpack=lambda batch: (batch[0], batch[1] - 1)"
+    return "pass an unpack= that maps them there"
+
+
 def _normal_log_prob(residuals: Tensor, variance: Tensor) -> Tensor:
-    return -0.5 * (residuals.square() / variance + (2 * pi * variance).log())
+    return -0.5 * ((residuals / variance.sqrt()).square() + (2 * pi * variance).log())
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -288,7 +288,8 @@ class MeanColumn(_MeanScore):
 
     def compute(self) -> Tensor:
         """The mean, or its root."""
-        return super().compute().sqrt() if self.root else super().compute()
+        mean = self.total / self.count  # of squares in float64: they leave the range of float32 sooner
+        return (mean.sqrt() if self.root else mean).float()
 
 
 def regression_metrics(**options: Any) -> MetricCollection:

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .batches import rows
 from .data import Batch
 from .engine import Linearization
 from .likelihoods import Likelihood
-from .linearize import Basis, rows
+from .linearize import Basis
+from .top import without_channel
 
 
 class Observations(NamedTuple):
@@ -52,9 +54,19 @@ def observations(
     inputs, targets, weights = batch
     for part in linearization.affordable(inputs, len(next(iter(basis.values())))):
         logits, features, kept = linearization.look(rows(inputs, part), basis, top, temperature=temperature)
-        labels = targets[part] if kept is None else kept.labels(targets[part])
+        labels = targets[part]
+        if kept is not None:
+            labels = kept.labels(checked(likelihood, _as_whole(logits, linearization), labels, linearization.axis))
         some = None if weights is None else weights[part]
         yield observe(likelihood, logits, features, labels, some, linearization.axis, most, seeds[part])
+
+
+def _as_whole(logits: Tensor, linearization: Linearization) -> Tensor:
+    """Something in the shape of all outputs, (B, *, C), where some are kept, (B, *, k + 1)."""
+    shape, axis = linearization.network.output_shape, linearization.axis
+    assert shape is not None
+    assert axis is not None  # of several classes
+    return logits[..., :1].expand(*logits.shape[:-1], shape[axis if axis < 0 else axis - 1])
 
 
 def checked(likelihood: Likelihood, outputs: Tensor, targets: Tensor, axis: int | None) -> Tensor:
@@ -83,6 +95,7 @@ def weights_of(likelihood: Likelihood, targets: Tensor, weights: Tensor | None) 
 
 def _spread(weights: Tensor, seen: Tensor) -> Tensor:
     """Weights of samples or positions to all positions (*)."""
+    weights = without_channel(weights, seen.shape)
     if weights.shape != seen.shape[: weights.ndim] or (len(weights) and not weights.min() >= 0):
         raise ValueError(
             f"weights of the shape {tuple(weights.shape)} do not belong to {tuple(seen.shape)} targets, or are "

@@ -1,22 +1,28 @@
 """The Gaussian over the coordinates of the basis and of the probes, and the choice of its scales on unseen points."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import ceil, floor, log10
 
 import torch
 from torch import Tensor
 
+from .batches import slices
 from .distributed import World
 from .likelihoods import Likelihood
-from .linearize import slices
 from .observations import Observations
 from .predictions import Gaussian
 
+log = logging.getLogger(__name__)
+
 SCALES = ("prior_variance", "covariance_scale", "residual_scale", "temperature")
 TUNING_BUDGET = 2**22  # logits sampled for one candidate
-MIN_DRAWS = (
-    64  # with fewer, the temperature does what the variances should: they would follow the draws, not the points
-)
+# With fewer, the temperature does what the variances should: they would follow the draws, not the points.
+MIN_DRAWS = 64
+MANY = 1000  # outputs from which on float32 will do: its rounding evens out in sums over so many
+LONG = 2**24  # logits sampled for one candidate: choosing takes seconds
+TOP = 100  # outputs, that may be kept where there are more
 CHUNK = 2**21  # logits sampled at a time
 # Standard deviations, in e-folds, of a normal prior on each scale around its start: what the points cannot tell stays
 # there, and a few points that are all right do not make the network as sure as can be.
@@ -27,6 +33,7 @@ CAUTION = 0.5
 RANGE = 20.0  # e-folds that a scale may move from its start
 ENOUGH = 30  # points that a standard error can be had from
 RISE = 3.0  # e-folds that the residual scale may rise after that
+FLAT = 1e-12  # of the largest eigenvalue: a direction that has less is one that the data say nothing of
 STEPS = 100  # of an e-fold: rounded to them, the scales do not hang on the order of a sum
 
 
@@ -48,8 +55,11 @@ class Posterior:
     def root(self) -> Tensor:
         """R (K, K) with R Rᵀ = s A⁻¹, float64: the symmetric one, which does not hang on the signs of eigenvectors."""
         eigenvalues, eigenvectors = torch.linalg.eigh(self.curvature)
+        # One that rounding hides may be as large as that; as zero it would make a direction free that the data fix.
+        hidden = (eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps).clamp_min(0)
+        eigenvalues = eigenvalues.maximum(hidden)
         eigenvalues = eigenvalues / self.temperature if self.softened else eigenvalues
-        deviations = (self.covariance_scale / (eigenvalues.clamp_min(0) + 1 / self.prior_variance)).sqrt()
+        deviations = (self.covariance_scale / (eigenvalues + 1 / self.prior_variance)).sqrt()
         return eigenvectors * deviations @ eigenvectors.T
 
     def factor(self, features: Tensor) -> Tensor:
@@ -57,6 +67,12 @@ class Posterior:
         rank = len(self.curvature)
         inside, outside = features[..., :rank], features[..., rank:]
         return torch.cat([inside @ self.root().to(features), outside * self.residual_scale.sqrt().to(features)], -1)
+
+    def coordinates(self, draws: Tensor) -> Tensor:
+        """Coordinates [w, v] along the basis and the probes, (S, K + m), from standard normal draws (S, K + m)."""
+        rank = len(self.curvature)
+        inside, outside = draws[..., :rank], draws[..., rank:]
+        return torch.cat([inside @ self.root().to(draws), outside * self.residual_scale.sqrt().to(draws)], -1)
 
 
 def calibrate(
@@ -86,11 +102,17 @@ def calibrate(
         world: the processes that share the calibration points; the arguments are then this one's share.
     """
     world = world or World()
+    points = points if points.weights is None else points.rows(points.weights > 0)
     logits, features, targets, weights = points
     weights = logits.new_ones(len(logits)) if weights is None else weights
     count = int(world.sum(torch.tensor(len(logits))))
     weights = weights.double() / world.sum(weights.double().sum()) * count  # one on average
-    draws = draws[: max(MIN_DRAWS, TUNING_BUDGET // (count * logits.shape[1]))].double()
+    draws = draws[: max(MIN_DRAWS, TUNING_BUDGET // (count * logits.shape[1]))]
+    # In float64: where the loss is flat, the rounding of float32 would decide where the search ends.
+    draws, tolerance = (draws.float(), 1e-7) if logits.shape[1] >= MANY else (draws.double(), 1e-13)
+    if count * logits.shape[1] * len(draws) >= LONG:
+        faster = f", which is faster with top_outputs={TOP}" if likelihood.one_of_many and logits.shape[1] > TOP else ""
+        log.info("ELLA: choosing the scales on %d points of %d outputs%s.", count, logits.shape[1], faster)
     start = _start(points, curvature, likelihood, given, count, world)
     free = free_scales(given, features, curvature, likelihood)
     precision = torch.tensor([WIDTHS[name] ** -2 / count for name in free]).to(curvature)
@@ -103,10 +125,13 @@ def calibrate(
 
     def losses(steps: Tensor, part: slice) -> Tensor:
         chosen = posterior(steps)
-        # In float64: where the loss is flat, the rounding of float32 would decide where the search ends.
-        gaussian = Gaussian(logits[part].double(), chosen.factor(features[part].double()), draws)
-        losses = likelihood.nll(likelihood.predict(gaussian, predictive, chosen.temperature), targets[part])
-        return weights[part] * losses
+        mean, along = logits[part].to(draws), features[part].to(draws)
+        if likelihood.sees_samples_only(predictive):  # which the features give at once, without a factor of their own
+            gaussian = Gaussian(mean, along, chosen.coordinates(draws))
+        else:
+            gaussian = Gaussian(mean, chosen.factor(along), draws)
+        prediction = likelihood.predict(gaussian, predictive, chosen.temperature.to(draws))
+        return weights[part] * likelihood.nll(prediction, targets[part])
 
     def loss_and_gradient(steps: Tensor) -> tuple[Tensor, Tensor]:
         steps = steps.detach().requires_grad_()
@@ -128,7 +153,8 @@ def calibrate(
         total, square = world.sum(torch.stack([change.sum(), change.square().sum()])) / count
         return float(total / ((square - total.square()) / count).clamp_min(1e-30).sqrt())
 
-    best = minimise(loss_and_gradient, torch.zeros(len(free), dtype=torch.float64, device=curvature.device))
+    start_at = torch.zeros(len(free), dtype=torch.float64, device=curvature.device)
+    best = minimise(loss_and_gradient, start_at, tolerance)
     if "residual_scale" in free and count >= ENOUGH:
         axis = torch.tensor([name == "residual_scale" for name in free]).to(best)
         lowest = all_losses(best)
@@ -157,18 +183,30 @@ def prior_by_evidence(curvature: Tensor, outside: Tensor, dimensions: int, weigh
         dimensions: how many it is spread over.
         weights: θ, the parameters taken into account.
     """
+    eigenvalues = torch.linalg.eigvalsh(curvature).clamp_min(0)
+    each = outside / max(1, dimensions)
+    most, total = float(eigenvalues.max().maximum(each)), float(eigenvalues.sum() + outside)
     weights_squared = sum(float(part.double().square().sum()) for part in weights)
-    variances = torch.logspace(-8, 4, 1201, dtype=torch.float64, device=curvature.device).unsqueeze(1)
-    inside = (variances * torch.linalg.eigvalsh(curvature).clamp_min(0)).log1p().sum(1, keepdim=True)
-    rest = dimensions * (variances * outside / max(1, dimensions)).log1p()
+    if not total > 0:
+        return weights_squared or 1.0  # the data say nothing, in any unit
+    weights_squared = max(weights_squared, 1e-16 / most)  # a prior of less is none
+    # At the best one ‖θ‖² / σ₀² = Σ σ₀² λ / (1 + σ₀² λ), which is at most σ₀² Σ λ and at least Σ λ / (1/σ₀² + max λ).
+    lowest = (weights_squared / total) ** 0.5
+    highest = lowest + weights_squared * most / total
+    exponents = torch.arange(floor(100 * log10(lowest)), ceil(100 * log10(highest)) + 1, device=curvature.device)
+    variances = 10 ** (exponents.double() / 100).unsqueeze(1)
+    inside = (variances * eigenvalues).log1p().sum(1, keepdim=True)
+    rest = dimensions * (variances * each).log1p()
     return float(variances[(weights_squared / variances + inside + rest).argmin()])
 
 
-def minimise(loss_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Tensor:
-    """Follow the gradient downhill (L-BFGS)."""
+def minimise(
+    loss_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, tolerance: float = 1e-13
+) -> Tensor:
+    """Follow the gradient downhill (L-BFGS), until a step changes loss or point by less than `tolerance`."""
     point = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [point], max_iter=60, tolerance_grad=1e-9, tolerance_change=1e-13, line_search_fn="strong_wolfe"
+        [point], max_iter=60, tolerance_grad=1e-9, tolerance_change=tolerance, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
@@ -199,22 +237,26 @@ def _start(
 ) -> Posterior:
     """The given scales; for the others, a prior like the curvature, variances of one at the mean logit, and T = 1.
 
-    Where the temperature is noise, variances of one would be of any size: its variance, then.
+    Where outputs have a unit, a variance of one would be of any size: as much as that of the noise, then.
     """
-    features, softened = points.features, likelihood.temperature_is_noise
+    logits, features = points.logits.double(), points.features
 
     def scale(name: str, otherwise: Tensor | float) -> Tensor:
         value = given.get(name)
         return torch.as_tensor(otherwise if value is None else value, dtype=torch.float64, device=curvature.device)
 
     def inverse(variance: Tensor) -> Tensor:
-        return torch.where(variance > 0, unit / variance, 1)
+        return torch.where(variance > 0, 1 / variance, 1)
 
     one = curvature.new_ones(())
-    outputs = curvature.new_zeros(1, features.shape[1])
-    unit = 1 / likelihood.information(outputs).mean() if softened else one
-    prior = scale("prior_variance", 1 / torch.linalg.eigvalsh(curvature).clamp_min(1e-8).log().mean().exp())
-    squares = Posterior(curvature, prior, one, one, one).factor(features).square().sum((0, 1)).double()  # (K + m,)
+    eigenvalues = torch.linalg.eigvalsh(curvature)
+    least = eigenvalues[-1] * FLAT if eigenvalues[-1] > 0 else one
+    prior = scale("prior_variance", 1 / eigenvalues.clamp_min(least).log().mean().exp())
+    unscaled = Posterior(curvature, prior, one, one, one)
+    squares = curvature.new_zeros(features.shape[2])  # (K + m,)
+    for part in slices(len(logits), max(1, CHUNK // max(1, features[:1].numel()))):
+        units = likelihood.information(logits[part]).sqrt() if likelihood.has_units else logits.new_ones(1)
+        squares += (units.unsqueeze(-1) * unscaled.factor(features[part].double())).square().sum((0, 1))
     rank = len(curvature)
     sums = world.sum(torch.stack([squares[:rank].sum(), squares[rank:].sum()]))
     inside, outside = (inverse(total / (count * features.shape[1])) for total in sums)
@@ -224,5 +266,5 @@ def _start(
         scale("covariance_scale", inside),
         scale("residual_scale", outside),
         scale("temperature", 1.0),
-        softened=softened,
+        softened=likelihood.temperature_is_noise,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import log, pi
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .likelihoods import Likelihood
 
 FEWEST_TARGETS = 256  # that quantiles come from
+CACHED = 2**19  # numbers that are worked on several times, of some draws at once
 SAMPLES_BUDGET = 2**22  # numbers in one chunk of Monte Carlo outputs: few enough to stay near the caches
 
 
@@ -73,7 +74,50 @@ class Gaussian:
 
     def samples(self) -> Tensor:
         """Outputs (S, *, C), one for each draw."""
-        return self.mean + (self.factor @ self.draws.T).movedim(-1, 0)  # (*, C, K) x (K, S) -> (S, *, C)
+        away = self.draws @ self.factor.flatten(0, -2).T  # (S, K) x (K, n C) -> (S, n C)
+        return self.mean + away.view(len(self.draws), *self.mean.shape)
+
+    def label_log_probs(self, labels: Tensor, temperature: Tensor) -> Tensor:
+        """Log softmax at the label, (S, *), of each draw's outputs divided by the temperature."""
+        size = max(1, CACHED // max(1, self.mean.numel()))
+        mean, factor = self.mean.flatten(0, -2).to(self.factor), self.factor.flatten(0, -3)
+        parts = [
+            _LabelLogProbs.apply(mean, factor, z, 1 / temperature.to(mean), labels.flatten())
+            for z in self.draws.split(size)
+        ]
+        return torch.cat(parts).view(len(self.draws), *labels.shape)  # type: ignore[arg-type]
+
+
+class _LabelLogProbs(torch.autograd.Function):
+    """Log softmax at labels (n,), (S, n), of outputs a (m + F z): mean m (n, C), factor F (n, C, K), draws z (S, K).
+
+    What autograd would do keeps and reads S n C numbers several times over; where C is large that is nearly all of the
+    calibration. Here they are made, exponentiated and divided in place, and read once more for the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, factor: Tensor, draws: Tensor, by: Tensor, labels: Tensor) -> Tensor:
+        """Fill one matrix: outputs, then probabilities."""
+        flat = torch.addmm(mean.flatten(), draws, factor.flatten(0, 1).T).mul_(by)  # (S, K) x (K, n C) -> (S, n C)
+        outputs = flat.view(len(draws), *mean.shape)
+        largest = outputs.amax(-1, keepdim=True)
+        where = labels.expand(len(draws), -1).unsqueeze(-1)
+        chosen = outputs.gather(-1, where) - largest
+        total = outputs.sub_(largest).exp_().sum(-1, keepdim=True)
+        ctx.save_for_backward(mean, factor, draws, by, where, outputs.div_(total))
+        return (chosen - total.log()).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Through the one-hot label minus p."""
+        mean, factor, draws, by, where, probs = ctx.saved_tensors
+        rows = factor.flatten(0, 1)  # (n C, K)
+        back = (probs * -gradient.unsqueeze(-1)).scatter_add_(-1, where, gradient.unsqueeze(-1)).flatten(1)  # (S, n C)
+        to_draws = back @ rows
+        to_by = (back @ mean.flatten()).sum() + (to_draws * draws).sum()
+        to_mean = by * back.sum(0).view_as(mean) if ctx.needs_input_grad[0] else None
+        to_factor = by * (back.T @ draws).view_as(factor) if ctx.needs_input_grad[1] else None
+        return to_mean, to_factor, by * to_draws, to_by, None
 
 
 class LowRank:

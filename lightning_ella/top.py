@@ -45,18 +45,30 @@ class Selection(NamedTuple):
 
     def labels(self, targets: Tensor) -> Tensor:
         """Which of the k + 1 classes each target (B, *) is of; −100 stays."""
+        targets = without_channel(targets, self.indices.shape[:-1])
         found = self.indices == targets.unsqueeze(-1)
         places = torch.where(found.any(-1), found.int().argmax(-1), self.indices.shape[-1])
         return torch.where(targets == IGNORED, IGNORED, places)
 
     def log_prob_within(self, targets: Tensor) -> Tensor:
         """Log p(target | others) where it is one of them, else 0, (B, *)."""
+        targets = without_channel(targets, self.indices.shape[:-1])
         logs = self.others.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
         return torch.where(logs.isfinite() & (targets != IGNORED), logs, 0)
 
 
+def without_channel(targets: Tensor, shape: torch.Size) -> Tensor:
+    """Targets or weights of `shape` (B, *) that come as (B, 1, *) or (B, *, 1); others as they are."""
+    if targets.ndim == len(shape) + 1:
+        for axis in (1, -1):
+            if targets.shape[axis] == 1 and targets.squeeze(axis).shape == shape:
+                return targets.squeeze(axis)
+    return targets
+
+
 def sharpness(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Summed −log p of the targets (*), by their weights (*), at each of `TEMPERATURES`, from logits (*, C)."""
-    flat, known, weights = logits.flatten(0, -2), targets.flatten(), weights.flatten().to(logits)
+    counts = weights > 0
+    flat, known, weights = logits[counts], targets[counts], weights[counts].to(logits)
     losses = (cross_entropy(flat / t, known, ignore_index=IGNORED, reduction="none") for t in TEMPERATURES)
     return torch.stack([weights @ loss for loss in losses])

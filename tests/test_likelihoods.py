@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ella.likelihoods import Classification
+from lightning_ella.likelihoods import Binary, Classification
 from lightning_ella.predictions import ClassPrediction, Gaussian, entropy, laplace_bridge, probit
 from lightning_ella.predictor import standard_normal
 
@@ -111,6 +111,31 @@ def test_labels_may_be_of_any_integer_type(dtype: torch.dtype):
     assert Classification().check(torch.zeros(2, 3), torch.tensor([0, 2], dtype=dtype)).dtype == torch.int64
 
 
+@pytest.mark.parametrize("cached", [1, 2**19])
+def test_the_log_probability_of_a_label_and_its_gradients_are_those_of_autograd(
+    cached: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lightning_ella.predictions.CACHED", cached)
+    logits, labels = gaussian(num_samples=6), torch.tensor([0, 3, 1, 1, 2])
+    temperature = torch.tensor(1.7).double()
+    arguments = [part.requires_grad_() for part in (logits.mean, logits.factor, logits.draws, temperature)]
+    weights = torch.randn(6, 5).double()
+    found = logits.label_log_probs(labels, temperature)
+    expected = (logits.samples() / temperature).log_softmax(-1).gather(-1, labels.expand(6, 5).unsqueeze(-1))[..., 0]
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad((weights * logs).sum(), arguments) for logs in (found, expected))
+    for gradient, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
+def test_the_nll_is_that_of_the_mean_probability():
+    prediction = ClassPrediction(gaussian(), "mc", torch.tensor(1.3).double())
+    labels = torch.tensor([0, 3, -100, 1, 2])
+    expected = -prediction.probs.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1).log()
+    expected[2] = 0
+    torch.testing.assert_close(Classification().nll(prediction, labels), expected)
+
+
 def test_uncertainties_add_up():
     prediction = ClassPrediction(gaussian(2.0), "mc", ONE)
     sampled = (prediction.logits.mean + (prediction.logits.factor @ prediction.logits.draws.T).movedim(-1, 0)).softmax(
@@ -146,3 +171,71 @@ def test_chunks_of_draws_do_not_matter(monkeypatch: pytest.MonkeyPatch):
 def test_targets_that_are_no_labels_are_refused(targets: Tensor, message: str):
     with pytest.raises(ValueError, match=message):
         Classification().check(torch.zeros(2, CLASSES), targets)
+
+
+SOFT = torch.tensor([[0.7, 0.3, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (SOFT, r"mixup, CutMix or smoothing, so pass train_loader="),
+        (0.9 * torch.eye(2, 4) + 0.025, r"smoothing, so pass train_loader="),
+        (torch.eye(2, 4), r"one-hot, so pass unpack=lambda batch: \(batch\[0\], batch\[1\].argmax\(-1\)\)"),
+        (torch.eye(2, 4).long(), r"argmax\(-1\)"),
+        (torch.eye(2, 4).bool(), r"argmax\(-1\)"),
+        (torch.rand(2, 4), "pass unpack=lambda batch: \\(x, labels\\)"),
+        (torch.tensor([0.0, 3.0]), r"batch\[1\].long\(\)"),
+        (torch.tensor([0.5, 3.0]), r"\(x, labels\)"),
+        (torch.tensor([2, 255]), r"from 2 to 255: .* map it to -100, .*masked_fill\(batch\[1\] == 255, -100\)"),
+        (torch.tensor([2, 255], dtype=torch.uint8), r"masked_fill\(batch\[1\] == 255, -100\)"),
+        (torch.tensor([-1, 3]), r"from -1 to 3: .*masked_fill\(batch\[1\] == -1, -100\)"),
+        (torch.tensor([1, 4]), r"count from 1, so pass .*batch\[1\] - 1\)"),
+        (torch.tensor([0, 4]), "pass an unpack= that maps them there"),
+        (torch.tensor([-1, 255]), "pass an unpack= that maps them there"),
+    ],
+)
+def test_targets_that_are_no_labels_are_refused_with_what_mends_them(targets: Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        Classification().check(torch.zeros(2, CLASSES), targets)
+
+
+def test_images_of_one_hot_or_soft_labels_are_known_by_their_channels():
+    outputs, hard = torch.zeros(2, 3, 5, CLASSES), torch.zeros(2, CLASSES, 3, 5)
+    hard[:, 1] = 1
+    with pytest.raises(ValueError, match=r"argmax\(1\)"):
+        Classification().check(outputs, hard)
+    with pytest.raises(ValueError, match="without them"):
+        Classification().check(outputs, torch.full_like(hard, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([-1, 1]), r"\(batch\[1\] \+ 1\) // 2"),
+        (torch.tensor([0, 255]), r"batch\[1\] // 255.* map it to -100"),
+        (torch.tensor([1, 2]), r"batch\[1\] - 1"),
+    ],
+)
+def test_two_classes_may_be_named_otherwise(targets: Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        Classification().check(torch.zeros(2, 2), targets)
+    with pytest.raises(ValueError, match=message):
+        Binary().check(torch.zeros(2, 1), targets)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 5)])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_labels_may_have_a_channel_of_one(shape: tuple[int, ...], axis: int):
+    labels = torch.randint(CLASSES, shape)
+    outputs = torch.zeros(*shape, CLASSES)
+    assert (Classification().check(outputs, labels.unsqueeze(axis)) == labels).all()
+    checked = Binary().check(outputs[..., :1], (labels > 1).unsqueeze(axis))
+    assert (checked == (labels > 1).unsqueeze(-1)).all()
+
+
+def test_a_binary_network_without_a_channel_is_told_to_add_one():
+    with pytest.raises(ValueError, match=r"forward=lambda model, x: model\(x\).unsqueeze\(1\)"):
+        Binary().check(torch.zeros(2, 3, 5), torch.zeros(2, 1, 3, 5))
+    with pytest.raises(ValueError, match="likelihood='classification' or 'multilabel'"):
+        Binary().check(torch.zeros(2, 5), torch.zeros(2, 5))

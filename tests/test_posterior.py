@@ -1,5 +1,7 @@
 """The Gaussian in K dimensions, and the search for its scales."""
 
+import logging
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,7 +56,7 @@ def test_the_evidence_is_that_of_the_dense_determinant():
     torch.manual_seed(0)
     half = torch.randn(6, 6).double()
     ggn, weights = torch.block_diag(half @ half.T, 0.3 * torch.eye(40).double()), [torch.ones(2), torch.full((2,), 0.5)]
-    variances = torch.logspace(-8, 4, 1201).double()
+    variances = torch.logspace(-8, 4, 1201, dtype=torch.float64)
     dense = [2.5 / v + torch.logdet(torch.eye(46).double() + v * ggn) for v in variances]
     found = prior_by_evidence(half @ half.T, torch.tensor(0.3 * 40).double(), 40, weights)
     assert abs(found / float(variances[torch.stack(dense).argmin()]) - 1) < 1e-6
@@ -133,3 +135,38 @@ def test_a_few_points_do_no_great_harm(count: int):
         prediction = Classification().predict(gaussian, "mc", posterior.temperature.float())
         loss = Classification().nll(prediction, targets).mean()
         assert loss < 1.6 * nn.functional.cross_entropy(logits, targets)
+
+
+def test_points_of_weight_zero_count_for_nothing():
+    logits, features, targets = labelled(1.0, 80)
+    options = {"predictive": "mc", "draws": standard_normal(64, 4, 0), "given": {}}
+    weights = torch.ones(80)
+    weights[40:] = 0
+    few = Observations(logits, features, targets).rows(slice(40))
+    spoilt = logits.clone()
+    spoilt[40:] = torch.nan
+    curvature = torch.eye(2).double()
+    with_them = calibrate(Observations(spoilt, features, targets, weights), curvature, Classification(), **options)
+    without = calibrate(few, curvature, Classification(), **options)
+    assert [getattr(with_them, name) for name in SCALES] == [getattr(without, name) for name in SCALES]
+
+
+def test_many_outputs_are_calibrated_as_well_in_float32(monkeypatch: pytest.MonkeyPatch):
+    exact = calibrated(1.0, 200, rank=3, given={})
+    monkeypatch.setattr("lightning_ella.posterior.MANY", 3)
+    rough = calibrated(1.0, 200, rank=3, given={})
+    for name in SCALES:
+        assert float(getattr(rough, name)) == pytest.approx(float(getattr(exact, name)), rel=0.05)
+
+
+def test_what_takes_long_is_said_with_the_way_to_shorten_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    given = {"prior_variance": 1.0, "covariance_scale": 1.0}
+    with caplog.at_level(logging.INFO):
+        calibrated(1.0, 20, given=given)
+        assert not caplog.messages
+        monkeypatch.setattr("lightning_ella.posterior.LONG", 1)
+        monkeypatch.setattr("lightning_ella.posterior.TOP", 2)
+        calibrated(1.0, 20, given=given)
+    assert "choosing the scales on 20 points of 3 outputs, which is faster with top_outputs=2" in caplog.messages[0]

@@ -8,7 +8,7 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ella import ELLAPredictor, fit_ella
-from lightning_ella.top import Selection
+from lightning_ella.top import Selection, sharpness
 
 GIVEN = {"prior_variance": 1.0, "covariance_scale": 1.0, "residual": "none", "temperature": 1.0}
 WORDS = 9
@@ -114,6 +114,53 @@ def test_sampled_curvature_is_that_of_all_words_and_needs_no_features(
     assert (predictor.curvature / 200 - expected).norm() < 0.1 * expected.norm()
     loaded = ELLAPredictor.load(predictor.save(tmp_path / "e.safetensors"), case.model)
     assert loaded(case.inputs).indices.shape == (30, 4, 2)
+
+
+class Pixels(nn.Module):
+    """(B, 1, 3, 3) to (B, 5, 3, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Conv2d(1, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x)
+
+
+def test_masks_may_have_a_channel_of_one():
+    torch.manual_seed(0)
+    case = Case(Pixels().double(), torch.randn(12, 1, 3, 3).double(), torch.randint(5, (12, 3, 3)))
+    channel = Case(case.model, case.inputs, case.targets.unsqueeze(1))
+    options = {"num_landmarks": 12, "rank": 3}
+    for top in (None, 2):
+        plain, found = (fit_ella(c.model, c.loader(), c.loader(), top_outputs=top, **options) for c in (case, channel))
+        expected = plain.log_prob(case.inputs, case.targets)
+        torch.testing.assert_close(found.log_prob(case.inputs, channel.targets), expected, rtol=0, atol=0)
+        out = found(case.inputs)
+        torch.testing.assert_close(out.log_prob(channel.targets), out.log_prob(case.targets), rtol=0, atol=0)
+
+
+def test_weights_may_have_a_channel_of_one_too():
+    case = Case(Pixels().double(), torch.randn(12, 1, 3, 3).double(), torch.randint(5, (12, 1, 3, 3)))
+    weights = torch.rand(12, 3, 3)
+    curvatures = []
+    for each in (weights, weights.unsqueeze(1)):
+        loader = DataLoader(TensorDataset(case.inputs, case.targets, each), 5)
+        curvatures.append(fit_ella(case.model, loader, unpack=tuple, num_landmarks=12, rank=3, **GIVEN).curvature)
+    torch.testing.assert_close(*curvatures)
+
+
+def test_labels_that_no_output_is_for_are_refused(case: Case):
+    case.targets[-1, -1] = WORDS  # not among the first, which are looked at before the fit
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\)"):
+        fit_ella(case.model, case.loader(), num_landmarks=30, rank=4, num_curvature=None, top_outputs=3, **GIVEN)
+
+
+def test_a_point_of_weight_zero_does_not_sharpen_nor_spoil_the_temperature():
+    logits, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    logits[3] = torch.inf
+    found = sharpness(logits, targets, torch.tensor([1.0, 2.0, 1.0, 0.0]))
+    torch.testing.assert_close(found, sharpness(logits[:3], targets[:3], torch.tensor([1.0, 2.0, 1.0])))
 
 
 def test_it_is_for_classes_only():
