@@ -34,7 +34,18 @@ from .batches import (
 )
 from .samplers import len_of, undisturbed, visited
 
-__all__ = ["Batch", "Inputs", "Points", "Unpack", "as_tree", "draw", "inputs_and_targets", "points_of", "seeded"]
+__all__ = [
+    "Batch",
+    "Inputs",
+    "Points",
+    "Unpack",
+    "as_tree",
+    "beginning",
+    "draw",
+    "inputs_and_targets",
+    "points_of",
+    "seeded",
+]
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +133,25 @@ def points_of(loader: Any, unpack: Unpack = inputs_and_targets, keep: int = KEEP
         if points.one_target_each:
             return points
         return Held(loader, points.loaded(points.numbers), unpack, keep)
+
+
+class Beginning:
+    """The first batches of what can only be read from its beginning; for a look."""
+
+    def __init__(self, loader: Any, count: int = 2):
+        self.loader, self.count = loader, count
+
+    def __iter__(self) -> Iterator[Any]:
+        with undisturbed(self.loader):
+            yield from islice(self.loader, self.count)
+
+
+def beginning(loader: Any) -> Any:
+    """A loader itself where its points have numbers, else its first batches."""
+    if loader is None or not _makes_own_batches(loader):
+        return loader
+    _check_loader(loader)
+    return Beginning(loader)
 
 
 class Indexed(Points):

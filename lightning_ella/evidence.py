@@ -65,7 +65,7 @@ def measure(
     """
     total, seen = curvature.new_zeros(()), curvature.new_zeros(())
     outputs = curvature.new_zeros(0)
-    for inputs, targets, weights in points.batches(range(len(points)), linearization.device):
+    for inputs, targets, weights in points.batches(points.numbers, linearization.device):
         outputs = linearization.at_positions(linearization.logits(inputs)).double()
         known = checked(likelihood, outputs, targets, linearization.axis)
         kept = (weight := weights_of(likelihood, known, weights).double()) > 0

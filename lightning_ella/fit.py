@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .basis import nystrom_basis, sketch_numbers
-from .batches import Batch, Picked, Unpack, call, inputs_and_targets, num_samples
+from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, num_samples, rows
 from .curvature import curvature
-from .data import Points, draw, seeded
+from .data import KEEP, Beginning, Points, beginning, draw, points_of, seeded
 from .distributed import World
 from .engine import Linearization
 from .landmarks import LANDMARKS, Landmarks
@@ -126,8 +126,13 @@ def run(
         budget = settings.memory_budget or _share_of_memory(model, world)
         with world.together("a look at network and data"):
             linearization = linearize(model, forward, asdict(settings) | {"memory_budget": budget}, names)
-            train, held_out = _points(train_loader, calibration_loader, unpack)
-            settings = _sized(settings, len(train))
+            train, held_out = _points(train_loader, calibration_loader, unpack, settings)
+            if world.size > 1 and not all(points.shareable for points in (train, held_out) if points is not None):
+                raise ValueError(
+                    "each of several processes would read other points from such a loader: pass train_loader= and "
+                    "calibration_loader= DataLoaders of map-style datasets."
+                )
+            settings = _sized(settings, len(train.numbers))
             inputs, example = look(linearization, train, held_out, settings)
             counted = linearization.network.view.counted
             weights = json.dumps(fingerprint(model, counted)) if world.size > 1 or stages.path else ""
@@ -151,7 +156,7 @@ def run(
         def make_basis() -> dict[str, Tensor]:
             with world.together("the choice of landmarks"):
                 rule = LANDMARKS[settings.landmarks]
-                chosen = rule(train, settings.num_landmarks, num_outputs, generator) if world.first else None
+                chosen = rule(train, settings.num_landmarks or MANY, num_outputs, generator) if world.first else None
             chosen = world.object_from_first(chosen)
             generator.set_state(world.from_first(generator.get_state()))
             assert chosen is not None
@@ -162,7 +167,7 @@ def run(
         reverse = linearization.cheaper(inputs, settings.rank) == "layerwise"
 
         def make_curvature() -> dict[str, Tensor]:
-            numbers = draw(settings.num_curvature, len(train), generator)
+            numbers = train.arranged(draw(settings.num_curvature, train.numbers, generator))
             probes = num_probes("auto", settings.rank, reverse=reverse) if by_evidence else 0
             hessian = curvature(
                 linearization,
@@ -183,8 +188,9 @@ def run(
         give_back()
         if not likelihood.is_complete:
             points, what = (train, "noise of training points") if held_out is None else (held_out, "noise")
-            numbers = draw(settings.num_calibration, len(points), torch.Generator().manual_seed(settings.seed))
-            likelihood = _completed(likelihood, linearization, visit(points, numbers, what), world)
+            numbers = draw(settings.num_calibration, points.numbers, torch.Generator().manual_seed(settings.seed))
+            residuals = visit(points, points.arranged(numbers), what)
+            likelihood = _completed(likelihood, linearization, residuals, world)
         hessian = stages.do("curvature", world, generator, linearization.device, make_curvature)["curvature"]
         give_back()
         rank = len(eigenvalues)
@@ -203,8 +209,8 @@ def run(
             )
             posterior, figures = _given(hessian, likelihood, settings, prior), {}
         else:
-            count = min(len(held_out), settings.num_calibration or len(held_out))
-            numbers = draw(count, len(held_out), generator)
+            numbers = held_out.arranged(draw(settings.num_calibration, held_out.numbers, generator))
+            count = len(numbers)
             others = settings.temperature or 1.0
             if settings.top_outputs is not None and settings.temperature is None:
                 others = _temperature(linearization, visit(held_out, numbers, "temperature"), likelihood, world)
@@ -259,29 +265,25 @@ def check(
     """
     names = chosen_names(model, parameters)
     with seeded(settings.seed), as_function():
-        train, held_out = _points(train_loader, calibration_loader, unpack)
-        settings = _sized(settings, len(train))
-        linearization = linearize(model, forward, asdict(settings), names)
-        inputs, _ = look(linearization, train, held_out, settings)
-        engine = linearization.cheaper(inputs, settings.rank)
-        seconds = _price(linearization, train, held_out, settings)
-    few = settings.limited(num_landmarks=FEW_POINTS, num_curvature=FEW_POINTS, num_calibration=FEW_POINTS, rank=2)
-    few = replace(few, engine=engine, residual=2 if settings.residual != "none" and settings.residual != 0 else "none")
+        start, unseen_start = beginning(train_loader), beginning(calibration_loader)
+        train, held_out = _points(start, unseen_start, unpack, settings)
+        count = len(train.numbers)
+        sized = _sized(settings, count if start is train_loader else MANY)
+        if start is not train_loader:  # how many points there are is not known
+            sized = replace(sized, num_landmarks=min(count, sized.num_landmarks or count), rank=min(count, sized.rank))
+        linearization = linearize(model, forward, asdict(sized), names)
+        inputs, _ = look(linearization, train, held_out, sized)
+        engine = linearization.cheaper(inputs, sized.rank)
+        seconds = _price(linearization, inputs, settings, _total(train, start), _total(held_out, unseen_start))
+    few = sized.limited(num_landmarks=FEW_POINTS, num_curvature=FEW_POINTS, num_calibration=FEW_POINTS, rank=2)
+    few = replace(few, engine=engine, residual=min(2, num_probes(settings.residual, settings.rank, reverse=False)))
     with _silenced():
-        run(
-            model,
-            train_loader,
-            calibration_loader,
-            few,
-            unpack=unpack,
-            forward=forward,
-            parameters=parameters,
-            progress=silent,
-        )
+        run(model, start, unseen_start, few, unpack=unpack, forward=forward, parameters=parameters, progress=silent)
     log.info("ELLA: the fit at the end will take about %s.", _listed(seconds))
 
 
 FEW_POINTS = 4  # of each kind in the rehearsal of a fit
+MOST = 10**9  # points of a stream, whose end is not known
 
 
 @contextmanager
@@ -296,29 +298,31 @@ def _silenced() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _total(points: Points | None, loader: Any) -> int:
+    """How many points there are, at most."""
+    return 0 if points is None else MOST if isinstance(loader, Beginning) else len(points)
+
+
 def _price(
-    linearization: Linearization, train: Points, held_out: Points | None, settings: Settings
+    linearization: Linearization, inputs: Inputs, settings: Settings, num_points: int, num_unseen: int
 ) -> dict[str, float]:
     """Seconds of the stages of a fit, from what a few points take."""
-    inputs, *_ = next(iter(train.batches(range(min(FEW_POINTS, len(train))), linearization.device)))
-    count, outputs = num_samples(inputs), torch.zeros(num_samples(inputs), dtype=torch.long)
-    probes = num_probes(
-        settings.residual, settings.rank, reverse=linearization.cheaper(inputs, settings.rank) == "layerwise"
-    )
-    parameters = linearization.parameters
-    basis = {name: value.new_zeros(settings.rank + probes, *value.shape) for name, value in parameters.items()}
+    inputs = rows(inputs, slice(0, FEW_POINTS))
+    count, parameters = num_samples(inputs), linearization.parameters
+    reverse = linearization.cheaper(inputs, settings.rank) == "layerwise"
+    columns = settings.rank + num_probes(settings.residual, settings.rank, reverse=reverse)
+    basis = {name: value.new_zeros(1, *value.shape).expand(columns, *value.shape) for name, value in parameters.items()}
+    outputs = torch.zeros(count, dtype=torch.long)
     gradient = _timed(lambda: [None for _ in linearization.gradients(inputs, outputs)]) / count
     feature = _timed(lambda: linearization.look(inputs, basis, settings.top_outputs)) / count
-    assert settings.num_landmarks is not None
-    sketched = sketch_numbers(settings.num_landmarks, parameters, settings.rank, linearization.memory_budget // 2)
-    found = {
-        "landmarks": settings.num_landmarks * gradient * (1 if sketched is None else 2),
-        "curvature": min(settings.num_curvature or len(train), len(train))
-        * (feature if settings.curvature == "exact" else gradient),
+    landmarks = min(settings.num_landmarks or MANY, num_points)
+    held = sketch_numbers(landmarks, parameters, settings.rank, linearization.memory_budget // 2) is None
+    one = feature if settings.curvature == "exact" else gradient
+    return {
+        "landmarks": landmarks * gradient * (1 if held else 2),
+        "curvature": min(settings.num_curvature or KEEP, num_points) * one,
+        "calibration": min(settings.num_calibration or KEEP, num_unseen) * feature,
     }
-    if held_out is not None:
-        found["calibration"] = min(settings.num_calibration or len(held_out), len(held_out)) * feature
-    return found
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -365,15 +369,17 @@ def _identity(
     seen = hashlib.sha256()
     for points in data:
         with seeded(settings["seed"]):
-            for batch in points.batches(range(min(POINTS, len(points))), "cpu"):
+            for batch in points.batches(points.numbers[:POINTS], "cpu"):
                 for leaf in tree_leaves(batch):
                     seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
     names, digests = sorted(linearization.parameters), [points.digest() for points in data]
     return json.dumps([weights, names, settings, digests, by_evidence, seen.hexdigest()])
 
 
-def _points(train: DataLoader, held_out: DataLoader | None, unpack: Unpack) -> tuple[Points, Points | None]:
-    return Points(train, unpack), None if held_out is None else Points(held_out, unpack)
+def _points(train: Any, held_out: Any | None, unpack: Unpack, settings: Settings) -> tuple[Points, Points | None]:
+    most = max(settings.num_landmarks or MANY, settings.num_curvature or KEEP)
+    unseen = None if held_out is None else points_of(held_out, unpack, settings.num_calibration or KEEP)
+    return points_of(train, unpack, most), unseen
 
 
 def _basis(

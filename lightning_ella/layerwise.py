@@ -174,8 +174,7 @@ class Layerwise:
     ) -> tuple[Tensor, Iterator[tuple[str, Rows]]]:
         """Outputs (B, C) and, by and by, what adds up to the cotangents' products with J."""
         self.by_rule(inputs)
-        wrong = frozenset({""})
-        while wrong:
+        while True:
             with self._forward(inputs, folding) as run:  # a checkpoint calls layers again on the way back
                 v = cotangents(run.logits.detach()).to(run.logits)
                 signature, moves = structure(run.logits, run.leaves)
@@ -187,10 +186,11 @@ class Layerwise:
                     gradients = pull_back(run.logits, run.targets, v, keep=prove)
                     wrong = self._misplaced(run, gradients, v) if prove else wrong
             wrong = wrong or (self._misused_alone(inputs) if new else wrong)
-            if wrong:
-                self._take_back(wrong)
-                if folding.pairs:
-                    raise StaleError
+            if not wrong:
+                break
+            self._take_back(wrong)
+            if folding.pairs:
+                raise StaleError
         if len(self._proven) > MAX_PROVEN:
             self._proven.clear()
             self._structures.clear()
@@ -305,12 +305,12 @@ class Layerwise:
         alphas = torch.exp2(order.to(cotangents))
         scaled = pull_back(run.logits, run.targets, cotangents[:, :1] * alphas.view(-1, 1, 1))
         layers = [self._names_of(call.layer) for call in run.calls] + [{name} for name in run.expanded]
-        wrong = {
+        wrong = frozenset(
             name
             for names, one, other in zip(layers, found, scaled, strict=True)
             if one is not None and other is not None and not _follows(one[:, 0], other[:, 0], alphas)
             for name in names
-        }
+        )
         return wrong & self._fast
 
     def _by_calls(
@@ -319,15 +319,15 @@ class Layerwise:
         """By name, the sum over the calls of a part of each term; and the names of layers whose rule cannot be used."""
         found: dict[str, Any] = {}
         broken: set[str] = set()
-        names = {leaf: name for name, leaf in run.leaves.items() if name in (self._by_rule or ())}
+        names: dict[Tensor | None, str] = {run.leaves[name]: name for name in self._by_rule or () if name in run.leaves}
         names |= {parameter: name for parameter, name in self.network.names.items() if self._has_rule(parameter)}
         for call, gradient in zip(run.calls, gradients, strict=False):
             if gradient is None:
                 continue
             try:
                 for parameter, term in call.rule(call.layer, call.inputs, gradient, len(run.logits)):
-                    if parameter in names:  # or what stands in for it
-                        found[names[parameter]] = found.get(names[parameter], 0) + part(names[parameter], term)
+                    if (name := names.get(parameter)) is not None:  # its own, or what stands in for it
+                        found[name] = found.get(name, 0) + part(name, term)
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # not a shape of B samples
                 broken |= self._names_of(call.layer)
         return found, broken

@@ -49,10 +49,10 @@ def look(
         ValueError, TypeError: if not; the message names the fix.
     """
     assert settings.num_landmarks is not None
-    if len(train) < settings.num_landmarks:
+    if (count := len(train.numbers)) < settings.num_landmarks:
         raise ValueError(
-            f"num_landmarks={settings.num_landmarks}, but there are only {len(train)} training points: "
-            f"pass num_landmarks={len(train)} or less, or leave it out."
+            f"num_landmarks={settings.num_landmarks}, but there are only {count} training points: "
+            f"pass num_landmarks={count} or less, or leave it out."
         )
     budget = linearization.memory_budget // 2
     sketch_numbers(
@@ -71,8 +71,7 @@ def look(
 
 def _try(linearization: Linearization, points: Points, settings: Settings) -> tuple[Inputs, Tensor]:
     """The first few of the points and their outputs, if the network can be evaluated and differentiated there."""
-    few = range(min(POINTS, len(points)))
-    inputs, targets, weights = next(iter(points.batches(few, linearization.device)))
+    inputs, targets, weights = next(iter(points.batches(points.numbers[:POINTS], linearization.device)))
     logits = linearization.logits(inputs)
     likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
     outputs = linearization.at_positions(logits)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from . import artefact
 from .batches import Inputs, Picked, Unpack, as_tree, call, inputs_and_targets, plain
 from .curvature import curvature
-from .data import Points
+from .data import Points, points_of
 from .engine import Linearization
 from .evidence import Evidence, measure
 from .likelihoods import LIKELIHOODS
@@ -31,6 +31,7 @@ from .top import Selection
 from .view import Cast
 
 FORMAT = "lightning-ella 3"
+MAX_HELD = 100_000  # points of a stream that are learnt from at once
 MAX_DRAWN = 2**28  # numbers S (K + m): a file may not ask for more
 
 
@@ -117,7 +118,7 @@ class ELLAPredictor(nn.Module):
         self._view, self._lock = None, threading.RLock()
 
     @torch.compiler.disable
-    def forward(self, inputs: Inputs) -> Any:
+    def forward(self, inputs: Inputs) -> Any:  # type: ignore
         """Predict for a batch; works under `inference_mode`, in train mode and on any device that the model is on.
 
         Raises:
@@ -208,7 +209,7 @@ class ELLAPredictor(nn.Module):
         with self._lock:
             both = self._curvature_of(loader, unpack, self._tangents)
             with as_function():
-                return measure(self._linearization, Points(loader, unpack), self.likelihood, both, self.rank)
+                return measure(self._linearization, self._all(loader, unpack), self.likelihood, both, self.rank)
 
     @property
     def device(self) -> torch.device:
@@ -289,7 +290,7 @@ class ELLAPredictor(nn.Module):
         if min(parts[name] for name in SCALES) <= 0:
             raise ValueError(f"{path} has a variance that is not positive: fit again.")
         basis = {name.removeprefix("basis."): tangents for name, tangents in tensors.items()}
-        return cls(model, basis=basis, forward=forward, **described, **parts)
+        return cls(model, basis=basis, forward=forward, **described, **parts)  # type: ignore[arg-type]
 
     def _look(
         self, inputs: Inputs, linearization: Linearization, targets: Tensor | None = None
@@ -326,17 +327,33 @@ class ELLAPredictor(nn.Module):
 
     def _curvature_of(self, loader: DataLoader, unpack: Unpack, tangents: Basis) -> Tensor:
         """Σ Ψᵀ Λ Ψ over the points of a loader."""
-        points, top, how = Points(loader, unpack), self.settings["top_outputs"], self.settings["curvature"]
+        points, top, how = self._all(loader, unpack), self.settings["top_outputs"], self.settings["curvature"]
         if not len(points):
             raise ValueError("the loader has no points: pass one with data.")
-        seeds = torch.arange(len(points))  # what is drawn for a point of a loader can be taken out by the same loader
+        seeds = torch.arange(
+            len(points.numbers)
+        )  # what is drawn for a point of a loader can be taken out by the same loader
         with self._lock, as_function():
             self._check_weights()
             self._follow()
-            batches = tqdm(points.batches(range(len(points)), self.device), desc="ELLA curvature", unit="batch")
+            batches = tqdm(points.batches(points.numbers, self.device), desc="ELLA curvature", unit="batch")
             return curvature(
                 *(self._linearization, batches, tangents, self.likelihood, len(points)), how=how, seeds=seeds, top=top
             )
+
+    @staticmethod
+    def _all(loader: Any, unpack: Unpack) -> Points:
+        """Every point of a loader.
+
+        Raises:
+            ValueError: if not all of them can be held.
+        """
+        points = points_of(loader, unpack, MAX_HELD)
+        if len(points.numbers) < len(points):
+            raise ValueError(
+                f"the loader has more than {MAX_HELD} points, but can be read once only: pass a part of it."
+            )
+        return points
 
     def _through(self, forward: Forward) -> Linearization:
         """The network seen through another function; the last one is kept."""

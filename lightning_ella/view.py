@@ -393,14 +393,13 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call `function` with copies of what it would write to."""
-        kwargs, args = dict(kwargs or {}), list(args)
         schema = getattr(function, "_schema", None)  # an operator of higher order has none
+        values: dict[Any, Any] = dict(enumerate(args)) | (kwargs or {})
         for place, argument in enumerate(schema.arguments if schema else ()):
-            if _writes(function, args, place, argument):
-                where, key = (args, place) if place < len(args) else (kwargs, argument.name)
-                if where is args or key in kwargs:
-                    where[key] = tree_map(self._own, where[key])
-        return function(*args, **kwargs)
+            key = place if place < len(args) else argument.name
+            if key in values and _writes(argument, args):
+                values[key] = tree_map(self._own, values[key])
+        return function(*map(values.pop, range(len(args))), **values)
 
     def _own(self, value: Any) -> Any:
         if isinstance(value, Tensor) and (place := _storage(value)) in self._copied.storages and place:
@@ -409,7 +408,7 @@ class _Watch(TorchDispatchMode):
         return value
 
 
-def _writes(function: Any, args: list, place: int, argument: Any) -> bool:
+def _writes(argument: Any, args: tuple) -> bool:
     """Whether an operation writes to an argument; a BatchNorm that trains does not say so."""
     statistics = argument.name in ("running_mean", "running_var") and len(args) > 5 and args[5] is True
     return statistics or (argument.alias_info is not None and argument.alias_info.is_write)
