@@ -347,7 +347,7 @@ def _attributes_for(parameters: list[inspect.Parameter], inputs: Any) -> dict[st
     if not _by_name(parameters, has):
         return None
     needed = {each.name for each in _needed(parameters)}
-    offered = {each.name for each in parameters if has(each.name) and each.name not in TARGETS}
+    offered = {each.name for each in parameters if has(each.name) and each.name.lower() not in TARGETS}
     taken = {name: getattr(inputs, name) for name in needed | offered}
     taken = {name: value for name, value in taken.items() if name in needed or value is not None}
     return None if taken.keys() <= set(WHOLE) else taken

@@ -287,6 +287,7 @@ def test_objects_move_as_copies(make: Callable[[], Any]):
     batch = make()
     before = list(tensors(batch))
     moved = plain(Picked(batch, torch.arange(2)), "meta")
+    assert len(list(tensors(moved))) == len(before) + 1
     assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
     assert all(a is b for a, b in zip(before, tensors(batch), strict=True))
     assert {tensor.device.type for tensor in before} == {"cpu"}
@@ -334,7 +335,8 @@ PAIR = {"a": X, "b": MASK}
         (lambda self, inputs=None: inputs, PAIR, PAIR),
         (lambda self, inputs: inputs, PAIR, PAIR),
         (lambda self, tokens, lengths: (tokens, lengths), Tokens(X, Y, Y), (X, Y)),
-        (lambda self, tokens, Label=None, y=None: tokens, Tokens(X, Y, Y), X),
+        (lambda self, x, scale=2: (x, scale), SimpleNamespace(x=X, scale=None), (X, 2)),
+        (lambda self, tokens, Label=None, y=None: (tokens, Label), Tokens(X, Y, Y), (X, None)),
     ],
 )
 def test_a_network_gets_what_its_forward_takes(forward: Callable, inputs: Any, expected: Any):
