@@ -399,7 +399,8 @@ class _Watch(TorchDispatchMode):
             key = place if place < len(args) else argument.name
             if key in values and _writes(argument, args):
                 values[key] = tree_map(self._own, values[key])
-        return function(*map(values.pop, range(len(args))), **values)
+        positional = [values.pop(place) for place in range(len(args))]
+        return function(*positional, **values)
 
     def _own(self, value: Any) -> Any:
         if isinstance(value, Tensor) and (place := _storage(value)) in self._copied.storages and place:
