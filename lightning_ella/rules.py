@@ -9,6 +9,7 @@ B samples, S cotangents each (S = C for all of J), T positions or tokens, K colu
 
 import inspect
 from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch.nn.functional import group_norm as normalize_groups
 from torch.nn.functional import layer_norm as normalize_layer
 from torch.nn.functional import rms_norm as normalize_root_mean_square
 
-from .linearize import is_plain
 from .terms import (
     MAX_BYTES,
     Convolution,
@@ -248,21 +248,26 @@ def rule_of(layer: nn.Module, *, subclasses: bool) -> Rule | None:
     """
     if isinstance(layer, torch.jit.ScriptModule) or not any(True for _ in layer.parameters(recurse=False)):
         return None
-    by_name = {kind: RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}") for kind in type(layer).__mro__}
-    for kind, rule in (by_name | RULES).items():
-        if rule is not None and is_plain(layer, kind):
+    rule = _rule_of_class(type(layer), "forward" in vars(layer), subclasses)
+    return None if rule is by_vjp and not _pulled_names(layer) else rule
+
+
+@lru_cache(1000)
+def _rule_of_class(kind: type[nn.Module], patched: bool, subclasses: bool) -> Rule | None:
+    """As `rule_of`; a layer whose `forward` was patched may know other parameters than those that it is given."""
+    by_name = {base: RULES_BY_NAME.get(f"{base.__module__}.{base.__qualname__}") for base in kind.__mro__}
+    for base, rule in () if patched else (by_name | RULES).items():
+        if rule is not None and issubclass(kind, base) and kind.forward is base.forward:
             return rule
-    for kind in OFTEN_SUBCLASSED if subclasses else ():
-        if isinstance(layer, kind):
-            return RULES[kind]
-    return by_vjp if _pulled_names(layer) and _takes_one_input(layer) else None
+    for base in OFTEN_SUBCLASSED if subclasses else ():
+        if issubclass(kind, base):
+            return RULES[base]
+    return None if patched or not _takes_one_input(kind) else by_vjp
 
 
-def _takes_one_input(layer: nn.Module) -> bool:
-    if "forward" in vars(layer):  # patched: it may know other parameters than those that it is given
-        return False
+def _takes_one_input(kind: type[nn.Module]) -> bool:
     try:
-        inspect.signature(type(layer).forward).bind(layer, None)
+        inspect.signature(kind.forward).bind(None, None)
     except (TypeError, ValueError):
         return False
     return True
