@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .batches import Inputs, Picked, call, num_samples, rows
-from .view import Cast, PlainAttention, View, eager
+from .view import Cast, NoShortcuts, View, eager, plain_attention
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def as_function() -> Iterator[None]:
     """Evaluate networks as plain functions of parameters and inputs, in this thread.
 
     No graph is recorded, inference mode is off (forward-mode products are silently zero there in some releases of
-    torch), and so is autocast; what was compiled runs eagerly.
+    torch), and so is autocast; what was compiled runs eagerly, and attention by a kernel that can be differentiated.
     """
     accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as stack:
@@ -66,6 +66,7 @@ def as_function() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(eager())
+        stack.enter_context(plain_attention())
         yield
 
 
@@ -132,7 +133,7 @@ class Network:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Outputs (B, C), by operations that can be differentiated; those of several positions one after the other."""
-        with PlainAttention():
+        with NoShortcuts():
             return self._evaluate(inputs)
 
     def own(self, inputs: Inputs) -> Tensor:

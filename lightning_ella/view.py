@@ -11,13 +11,13 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -431,44 +431,29 @@ class _Leaks(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class PlainAttention(TorchFunctionMode):
-    """Attention by operations that all have rules, for this thread alone.
-
-    Fused kernels have no forward mode. While a mode is active, `nn.TransformerEncoder` takes no shortcut either.
-    """
+class NoShortcuts(TorchFunctionMode):
+    """While a mode is active, `nn.TransformerEncoder` computes what it did in training, for this thread alone."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Call `function`, or what stands in for it."""
-        kwargs = kwargs or {}
-        return _attention(*args, **kwargs) if function is scaled_dot_product_attention else function(*args, **kwargs)
+        """Call `function`."""
+        return function(*args, **(kwargs or {}))
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> Tensor:
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-    plain = torch.ops.aten._scaled_dot_product_attention_math
-    return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)[0]
+class _Shared:
+    """A state of the whole process that some threads need: the first enters it, the last puts back what was.
 
+    Each on its own would put back what another had set.
+    """
 
-class _Stance:
-    """What was compiled runs eagerly while any thread asks for that; the last one puts back what was."""
-
-    def __init__(self):
-        self._lock, self._count, self._entered = threading.Lock(), 0, None
+    def __init__(self, enter: Callable[[], AbstractContextManager]):
+        self._enter, self._lock, self._count = enter, threading.Lock(), 0
+        self._entered: AbstractContextManager | None = None
 
     @contextmanager
-    def eager(self) -> Iterator[None]:
+    def __call__(self) -> Iterator[None]:
         with self._lock:
             if self._count == 0:
-                self._entered = torch.compiler.set_stance("force_eager")
+                self._entered = self._enter()
                 self._entered.__enter__()
             self._count += 1
         try:
@@ -478,7 +463,7 @@ class _Stance:
                 self._count -= 1
                 if self._count == 0 and self._entered is not None:
                     self._entered.__exit__(None, None, None)
-                    self._entered = None
 
 
-eager = _Stance().eager
+eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))  # what was compiled runs as it was
+plain_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))  # fused kernels have no rule for forward mode
