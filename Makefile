@@ -1,8 +1,9 @@
 # make demo: handwritten digits, a small ResNet, and ELLA at the end.   make test: lint, types and tests.   make docs: the site.
+# make clients: projects of others, with the callback.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs
+.PHONY: demo test docs clients
 demo: .venv/recipes
 	$(BIN)/python recipes/train.py
 
@@ -14,6 +15,9 @@ test: .venv/dev
 
 docs: .venv/dev
 	$(BIN)/mkdocs build
+
+clients: .venv/recipes
+	$(BIN)/python recipes/clients.py $(only)
 
 .venv/recipes: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,6 @@
 """Other people's projects with one callback more: the table of docs/works-with.md.
 
-    make clients        or, for some of them:        .venv/bin/python recipes/clients.py torchgeo chemprop
+    make clients        or, for some of them:        make clients only="torchgeo chemprop"
 
 A project is a script in recipes/clients/, whose first lines say what it needs from PyPI. Its environment, in
 .venv/clients/, is made where it is missing: it holds what the project adds, and sees the rest in .venv. The script
@@ -41,7 +41,6 @@ ENVIRONMENTS = SCRIPTS.parents[1] / ".venv" / "clients"
 # No project gets copies of its own: they would cost gigabytes, and other versions would be another test.
 SHARED = ("torch", "torchvision", "lightning", "pytorch-lightning", "torchmetrics", "numpy")
 LIMIT = 1200  # seconds for a script
-SIZES: dict[str, int] = {}
 
 Train = Callable[[list], Mapping[str, Any] | None]
 
@@ -90,9 +89,11 @@ def compare(project: str, what: str, train: Train, **arguments: Any) -> None:
     row = Row(f"{project} {metadata.version(project)}", what, _literally(what))
     log = Log()
     try:
-        before, after = Training(train, []), Training(train, [ELLACallback(**SIZES | arguments)])
+        before, after = Training(train, []), Training(train, [ELLACallback(**arguments)])
         row.seconds = before.seconds, after.seconds
         row.identical = same(before.result, after.result)
+        if not row.identical and not same(before.result, Training(train, []).result):
+            raise RuntimeError("two trainings without ELLA differ, too")
         row.nll = after.nll()
     except Exception as error:
         logging.exception("%s, %s", project, what)
@@ -148,13 +149,15 @@ class Steps(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def pictures(count: int, channels: int = 3, size: int = 16, classes: int = 4) -> tuple[Tensor, Tensor]:
-    """Noise (count, channels, size, size) with a bright stripe whose row tells the class (count,)."""
+def pictures(count: int, channels: int = 3, size: int = 16) -> tuple[Tensor, Tensor]:
+    """Noise (count, channels, size, size) with faint stripes, whose direction is the class (count,), one of four."""
     generator = torch.Generator().manual_seed(count)
-    labels = torch.randint(classes, (count,), generator=generator)
-    images = torch.randn(count, channels, size, size, generator=generator)
-    images[torch.arange(count), :, labels * size // classes] += 1
-    return images, labels
+    labels = torch.randint(4, (count,), generator=generator)
+    noise = torch.randn(count, channels, size, size, generator=generator)
+    directions = torch.tensor([[1, 0], [0, 1], [1, 1], [1, -1]])[labels]
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    along = directions[:, 0, None, None] * row + directions[:, 1, None, None] * column
+    return noise + 0.3 * torch.cos(along * torch.pi / 2)[:, None], labels
 
 
 class Training:
@@ -172,22 +175,27 @@ class Training:
         self.result = copy.deepcopy((dict(tensors), list(module.state_dict()), dict(returned or {})))
 
     def nll(self) -> tuple[float, float]:
-        """On the unseen points, of the network and of ELLA; the user's own callback has to have the predictor, too."""
-        for callback in self._callbacks:
-            if isinstance(callback, ELLACallback) and not isinstance(callback.predictor, ELLAPredictor):
-                raise RuntimeError(f"ella.predictor is {callback.predictor}")
-        figures = self._witness.figures
-        return float(figures["map/nll"]), float(figures["ella/nll"])
+        """On the unseen points, of the network and of ELLA, whose predictor is asked for a batch of them, too."""
+        ella = next(callback for callback in self._callbacks if isinstance(callback, ELLACallback))
+        if not isinstance(ella.predictor, ELLAPredictor):
+            raise RuntimeError(f"ella.predictor is {ella.predictor}")
+        unseen: Any = ella.calibration_loader or self._witness.unseen
+        inputs, *_ = ella.unpack(next(iter(unseen)))
+        with torch.inference_mode():
+            ella.predictor(inputs)
+        return float(self._witness.figures["map/nll"]), float(self._witness.figures["ella/nll"])
 
 
 class Witness(Callback):
-    """Sees the module that is trained and the figures at the end, even where the project copies its callbacks."""
+    """Sees the module, the figures and the data at the end, even where the project copies its callbacks."""
 
     def __deepcopy__(self, memo: dict) -> "Witness":
         return self
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.module, self.figures = pl_module, dict(trainer.callback_metrics)
+        unseen = trainer.val_dataloaders
+        self.unseen = unseen[0] if isinstance(unseen, list) else unseen
 
 
 class Log(logging.Handler):
@@ -243,7 +251,7 @@ def environment(name: str, needs: list[str]) -> Path:
     versions = "".join(f"{shared}=={metadata.version(shared)}\n" for shared in SHARED)
     if done.exists() and done.read_text() == "\n".join([*needs, versions]):
         return folder
-    venv.create(folder, clear=True)
+    venv.create(folder, clear=True, symlinks=True)
     paths = {"base": folder, "platbase": folder}
     site = Path(sysconfig.get_path("purelib", "venv", paths))
     (site / "base.pth").write_text(f"import site; site.addsitedir({str(BASE)!r})\n")
@@ -302,10 +310,13 @@ def main() -> None:
     for name in names:
         if name not in known:
             parser.error(f"no project {name!r}: there are {', '.join(known)}")
-    print(line(*HEADER), line(*["---"] * len(HEADER)), sep="\n")
+    print(line(*HEADER), line(*["---"] * len(HEADER)), sep="\n", flush=True)
+    good = True
     for name in names:
         for row in rows(name):
             print(row, flush=True)
+            good = good and row.identical is True and not row.error
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from clients import SIZES, Steps, compare, pictures
+from clients import Steps, compare, pictures
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
@@ -18,10 +18,9 @@ trainer:
   accelerator: cpu
   enable_progress_bar: false
 """
-ELLA = f"""\
+ELLA = """\
   callbacks:
     - class_path: lightning_ella.ELLACallback
-      init_args: {SIZES}
 """
 
 

@@ -36,19 +36,19 @@ def loader(count, masks, shuffle=False):
     return DataLoader(CacheDataset(samples, transforms, progress=False), batch_size=32, shuffle=shuffle)
 
 
-def train(callbacks, module, masks):
-    loaders = [loader(100, masks, shuffle=True), loader(101, masks), loader(102, masks)]
-    return fit(module, loaders, callbacks, max_epochs=3)
+def train(callbacks, module, masks, count):
+    loaders = [loader(count, masks, shuffle=True), loader(count + 1, masks), loader(count + 2, masks)]
+    return fit(module, loaders, callbacks, max_epochs=10)
 
 
 def classification(callbacks):
     network = DenseNet(2, 1, 4, init_features=8, growth_rate=8, block_config=(2, 2))
-    return train(callbacks, Network(network, nn.CrossEntropyLoss(), "label"), masks=False)
+    return train(callbacks, Network(network, nn.CrossEntropyLoss(), "label"), masks=False, count=150)
 
 
 def segmentation(callbacks):
     network = UNet(2, 1, 2, channels=(8, 16, 32), strides=(2, 2))
-    return train(callbacks, Network(network, DiceCELoss(to_onehot_y=True, softmax=True), "mask"), masks=True)
+    return train(callbacks, Network(network, DiceCELoss(to_onehot_y=True, softmax=True), "mask"), masks=True, count=40)
 
 
 compare("monai", "DenseNet", classification)

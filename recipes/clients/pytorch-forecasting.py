@@ -8,7 +8,7 @@ import pandas as pd
 from clients import compare, fit
 from pytorch_forecasting import MAE, NBeats, TemporalFusionTransformer, TimeSeriesDataSet
 
-SERIES, STEPS = 6, 50
+SERIES, STEPS = 4, 40
 steps = np.arange(STEPS)
 noise = np.random.default_rng(0).normal(scale=0.2, size=(SERIES, STEPS))
 frame = pd.DataFrame(
@@ -22,7 +22,7 @@ frame = pd.DataFrame(
 
 def train(callbacks, kind, **sizes):
     training = TimeSeriesDataSet(
-        frame[frame.step < 40],
+        frame[frame.step < 30],
         time_idx="step",
         target="value",
         group_ids=["series"],
@@ -31,14 +31,14 @@ def train(callbacks, kind, **sizes):
         max_prediction_length=3,
         time_varying_unknown_reals=["value"],
     )
-    unseen = TimeSeriesDataSet.from_dataset(training, frame, min_prediction_idx=40)
+    unseen = TimeSeriesDataSet.from_dataset(training, frame, min_prediction_idx=30)
     loaders = [part.to_dataloader(train=part is training, batch_size=32, num_workers=0) for part in (training, unseen)]
     module = kind.from_dataset(training, learning_rate=0.01, loss=MAE(), log_interval=-1, **sizes)
     return fit(module, [*loaders, loaders[1]], callbacks, max_epochs=3)
 
 
 def transformer(callbacks):
-    return train(callbacks, TemporalFusionTransformer, hidden_size=8, attention_head_size=2, hidden_continuous_size=8)
+    return train(callbacks, TemporalFusionTransformer, hidden_size=4, attention_head_size=2, hidden_continuous_size=4)
 
 
 def nbeats(callbacks):

@@ -39,28 +39,28 @@ def data(target, count=160):
 
 
 def classification(callbacks):
-    task = ClassificationTask(model="resnet18", weights=None, in_channels=3, num_classes=4, lr=1e-3)
-    return fit(task, data("label"), callbacks, max_epochs=2)
+    task = ClassificationTask(model="test_resnet", weights=None, in_channels=3, num_classes=4, lr=1e-3)
+    return fit(task, data("label"), callbacks, max_epochs=5)
 
 
 def regression(callbacks):
-    task = RegressionTask(model="resnet18", weights=None, in_channels=3, num_outputs=1, lr=1e-3)
-    return fit(task, data("number"), callbacks, max_epochs=2)
+    task = RegressionTask(model="test_resnet", weights=None, in_channels=3, num_outputs=1, lr=1e-3)
+    return fit(task, data("number"), callbacks, max_epochs=5)
 
 
 def segmentation(callbacks):
     task = SemanticSegmentationTask(
-        model="unet", backbone="resnet18", weights=None, in_channels=3, task="multiclass", num_classes=2, lr=1e-3
+        model="unet", backbone="tu-test_resnet", weights=None, in_channels=3, task="multiclass", num_classes=2, lr=1e-3
     )
-    return fit(task, data("mask", 48), callbacks, max_epochs=2)
+    return fit(task, data("mask", 32), callbacks, max_epochs=5)
 
 
 def depth(callbacks):
-    task = PixelwiseRegressionTask(model="unet", backbone="resnet18", weights=None, in_channels=3, lr=1e-3)
-    return fit(task, data("depth", 48), callbacks, max_epochs=2)
+    task = PixelwiseRegressionTask(model="unet", backbone="tu-test_resnet", weights=None, in_channels=3, lr=1e-3)
+    return fit(task, data("depth", 32), callbacks, max_epochs=5)
 
 
-compare("torchgeo", "ClassificationTask, ResNet-18", classification)
-compare("torchgeo", "RegressionTask, ResNet-18", regression, likelihood="regression")
+compare("torchgeo", "ClassificationTask, ResNet", classification)
+compare("torchgeo", "RegressionTask, ResNet", regression, likelihood="regression")
 compare("torchgeo", "SemanticSegmentationTask, U-Net", segmentation)
 compare("torchgeo", "PixelwiseRegressionTask, U-Net", depth, likelihood="regression")
