@@ -30,7 +30,8 @@ from lightning_ella import ELLAPredictor
 from lightning_ella.basis import nystrom_basis
 from lightning_ella.curvature import curvature
 from lightning_ella.data import Batch, Points, draw
-from lightning_ella.engine import Linearization, cheaper
+from lightning_ella.engine import Linearization
+from lightning_ella.fit import MANY
 from lightning_ella.landmarks import class_balanced, uniform
 from lightning_ella.likelihoods import Classification
 from lightning_ella.linearize import Basis, as_function
@@ -55,10 +56,14 @@ class Task:
     generator: torch.Generator
 
     @cached_property
+    def first(self) -> Tensor:
+        """The first of its inputs, as a batch."""
+        return next(iter(self.points.batches([0], "cpu")))[0]
+
+    @cached_property
     def num_outputs(self) -> int:
         """C."""
-        inputs, *_ = next(iter(self.points.batches([0], "cpu")))
-        return self.linearization.sizes(inputs).num_outputs
+        return self.linearization.sizes(self.first).num_outputs
 
     def gradients(self, numbers: list[int], cotangents: Callable[[Tensor, slice], Tensor]) -> Gradients:
         """Rows vᵀ J(x) of some points, with v = `cotangents(logits, which of them)`, (b, C)."""
@@ -225,7 +230,7 @@ def summed_curvature(task: Task, basis: Basis) -> Tensor:
 def predictor_of(task: Task, basis: Basis, config: DictConfig) -> tuple[ELLAPredictor, float]:
     """A predictor with this basis, its scales still 1, and the share of the curvature's trace that the basis holds."""
     rank = len(next(iter(basis.values())))  # less than asked for where the kernel has no more
-    probes = num_probes("auto", rank, reverse=cheaper("auto", task.num_outputs, rank) == "layerwise")
+    probes = num_probes("auto", rank, reverse=task.linearization.cheaper(task.first, rank) == "layerwise")
     tangents = with_probes(dict(basis), probes, config.seed)
     both = summed_curvature(task, tangents)
     share = both.diagonal()[:rank].sum() / both.trace()
@@ -273,15 +278,16 @@ def main(config: DictConfig) -> None:
     data.setup("fit")
     sets = evaluation_sets(data, config)
     held_out = DataLoader(some(data.holdout, config.num_calibration, config.seed), batch_size=64)
-    rows = {}
+    rows, points = {}, Points(data.ella_train_dataloader())
+    num_landmarks = config.ella.num_landmarks or min(MANY, len(points))
     for name, rule in RULES.items():
         generator = torch.Generator().manual_seed(config.seed)
-        sizes = (config.ella.num_landmarks, config.ella.rank, config.ella.num_curvature)
+        sizes = (num_landmarks, config.ella.rank, config.ella.num_curvature)
         with as_function():
-            task = Task(Linearization(module), Points(data.ella_train_dataloader()), *sizes, generator)
+            task = Task(Linearization(module), points, *sizes, generator)
             predictor, share = predictor_of(task, rule(task), config)
         rows[name] = {"curvature": share} | row(predictor, held_out, sets)
-    table = Table("", *next(iter(rows.values())), title=f"M = {config.ella.num_landmarks:,}, K = {config.ella.rank}")
+    table = Table("", *next(iter(rows.values())), title=f"M = {num_landmarks:,}, K = {config.ella.rank}")
     for name, found in rows.items():
         table.add_row(name, *(f"{value:.4f}" if value < 10 else f"{value:.0f}" for value in found.values()))
     Console(width=160).print(table)

@@ -271,6 +271,7 @@ def compare_processes(config: DictConfig) -> dict[int, float]:
                 arguments = (config, rank, size, f"{folder}/meeting", send)
                 started.append(context.Process(target=measure_processes, args=arguments))
                 started[-1].start()
+                send.close()  # so that the end of a process that dies is seen here
                 ends.append(receive)
             found[size] = max(end.recv() for end in ends)
             for process in started:
@@ -394,7 +395,7 @@ def main(config: DictConfig) -> None:
         )
         return
     times, failures = measure_times(config)
-    peaks = {name: in_own_process(measure_memory, config, name) for name in times}
+    peaks = {name: in_own_process(measure_memory, config, name) for name in times} if config.peaks else {}
     report = show(config, times, failures, peaks)
     (folder / "benchmark.json").write_text(json.dumps(report, indent=2))
 

@@ -270,7 +270,8 @@ def subnetwork(task: Task) -> Predict:
 def nystrom(task: Task) -> Predict:
     """laplace-torch's ELLA (Deng et al. 2022)."""
     landmarks = min(LANDMARKS, len(task.part.dataset))  # type: ignore[arg-type]
-    options = {"functional_approximation": "nystrom", "subsample_size": landmarks, "n_eigenvalues": RANK}
+    options = {"functional_approximation": "nystrom", "subsample_size": landmarks}
+    options["n_eigenvalues"] = min(RANK, landmarks)
     posterior = fitted(task, task.part, "all", "gp", seed=task.seed, backend=PerSample, **options)
     return tuned(task, task.jacobians, variance(posterior), grid=WIDE)
 
