@@ -31,6 +31,9 @@ from lightning_ella import ELLAPredictor, fit_ella
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*self.trainer. reference is not registered"),  # LightningModule.log
     pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning"),
+    # What torch says to everybody who calls these networks under no_grad.
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage"),
 ]
 
 POINTS, UNSEEN, ASKED = 24, 8, 12
@@ -240,7 +243,7 @@ def watched(look: Callable[[], list[str]]) -> Iterator[set[str]]:
 # One fit for each network and engine ---------------------------------------------------------------------------------
 
 
-def loader(case: Case, inputs: Any, count: int, batch_size: int = 5) -> DataLoader:
+def loader(case: Case, inputs: Any, count: int, batch_size: int = 14) -> DataLoader:
     known = targets(case, outputs_of(case, case.build(), inputs))
     return DataLoader(range(count), batch_size, collate_fn=lambda some: (pick(inputs, some), known[some]))
 
@@ -273,7 +276,7 @@ def jacobians(name: str) -> tuple[Tensor, Tensor]:
 def batches(name: str) -> list[Tensor]:
     """Numbers of samples that are asked for together: sorted in both directions, shuffled, and alone."""
     order, shuffled = by_length(asked_inputs(name)), torch.randperm(ASKED, generator=torch.Generator().manual_seed(0))
-    return [order[:7], order.flip(0), shuffled[:3], shuffled[3:6], shuffled, order[:1], order[-1:]]
+    return [order[:7], order.flip(0), shuffled[:3], shuffled[3:6], shuffled, order[-1:]]
 
 
 def fit(case: Case, model: nn.Module, inputs: Any, engine: str, **more: Any) -> ELLAPredictor:

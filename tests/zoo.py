@@ -1439,10 +1439,10 @@ class ProjectedLSTM(nn.Module):
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
-        self.e, self.h = nn.Embedding(9, 8), nn.Linear(8, 3)
-        layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.e, self.h = nn.Embedding(9, 4), nn.Linear(4, 3)
+        layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
         with quiet():
-            self.t = nn.TransformerEncoder(layer, 2)
+            self.t = nn.TransformerEncoder(layer, 1)
 
     def encode(self, t):
         return self.t(self.e(t), src_key_padding_mask=t == 0)
@@ -1466,7 +1466,7 @@ class EncoderThatAveragesPadding(Encoder):
 class Decoder(nn.Module):
     def __init__(self):
         super().__init__()
-        layer = nn.TransformerDecoderLayer(4, 2, 8, batch_first=True, norm_first=True)
+        layer = nn.TransformerDecoderLayer(4, 2, 4, batch_first=True, norm_first=True)
         self.queries, self.t, self.h = nn.Embedding(3, 4), nn.TransformerDecoder(layer, 1), nn.Linear(4, 1)
 
     def forward(self, x):
