@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import vjp, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .batches import Picked, num_samples, rows
 from .data import Inputs
 from .folding import UNFOLDED, Folding, StaleError
 from .forward_mode import Reduce
 from .linearize import Basis, Network, hooked, version
-from .rules import Rows, Rule, rule_of, with_shift
+from .rules import Rows, Rule, by_vjp, rule_of, with_shift
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ class Layerwise:
         self._by_rule: frozenset[str] | None = None
         self._expanded: frozenset[str] = frozenset()
         self._loop = False
-        self._subclasses = True  # whether the rules are for subclasses of their layers, too
+        self._other: set[nn.Module] = set()  # layers that do something else than those that they are derived from
+        self._widens = True  # whether what a layer computes once for all samples is repeated for each
         self._by_backward = False  # whether `.backward()` finds gradients that `autograd.grad` does not
         self._structures: set[Any] = set()  # of graphs in which weights are used as the rules say
         self._proven: set[Any] = set()  # and in which rows are in their place, by the number of samples
@@ -203,28 +204,37 @@ class Layerwise:
         """Evaluate the network with a graph; values that stand in for parameters stay until the end."""
         calls: list[Call] = []
 
-        def record(layer: nn.Module, args: tuple, output: Any) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and output.requires_grad:
-                seen = args[0].detach(), version(args[0])
-                calls.append(Call(layer, rules[layer], *seen, get_gradient_edge(output), len(output)))
+        B = num_samples(inputs)
+
+        def record(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+            first, *others = [*args, *kwargs.values()] or [None]
+            known = isinstance(first, Tensor) and isinstance(output, Tensor) and output.requires_grad and output.ndim
+            if not known or any(isinstance(leaf, Tensor) for leaf in tree_leaves(others)):
+                return None
+            if rules[layer] is by_vjp and others:
+                return None
+            shared = self._widens and len(output) == 1 < B and len(first) == 1  # by all samples, as positions are
+            if shared:
+                output = output.expand(B, *output.shape[1:])
+            seen = first.detach().expand(B, *first.shape[1:]) if shared else first.detach()
+            calls.append(Call(layer, rules[layer], seen, version(first), get_gradient_edge(output), len(output)))
+            return output if shared else None
 
         rules: dict[nn.Module, Rule] = {
             layer: rule
             for layer in self.network.model.modules()
             if any(self._has_rule(p) for p in layer.parameters(recurse=False))
-            and (rule := rule_of(layer, subclasses=self._subclasses))
+            and (rule := rule_of(layer, subclasses=layer not in self._other))
         }
         for pair in folding.pairs:
             del rules[pair.norm]
             rules[pair.conv] = partial(with_shift, pair.norm)
         taken = self.network.parameters_taken
-        expanded = {
-            n: taken[n].expand(num_samples(inputs), *taken[n].shape[1:]).requires_grad_() for n in self._expanded
-        }
+        expanded = {n: taken[n].expand(B, *taken[n].shape[1:]).requires_grad_() for n in self._expanded}
         values = {name: value.requires_grad_() for name, value in folding.values().items()} | expanded
         leaves = {name: parameter for parameter, name in self.network.names.items()} | values
         with folding.applied(self.network.view), self.network.view.replaced(values):
-            with hooked(rules, record), torch.enable_grad():
+            with hooked(rules, record, with_kwargs=True), torch.enable_grad():
                 logits = self.network(inputs)
             folding.check()
             yield Pass(logits, calls, expanded, leaves)
@@ -434,8 +444,11 @@ class Layerwise:
         two = _two(inputs)
         self._by_backward = self._hides_weights(two)
         taken = self.network.parameters_taken
-        self._by_rule = frozenset(taken)
-        self._by_rule = self._agreeing(two)
+        self._by_rule = self._agreeing_of(taken, two)
+        if taken.keys() - self._by_rule:
+            layers = self.network.model.modules()
+            self._other = {layer for layer in layers if self._names_of(layer) - self._by_rule}
+            self._by_rule = self._agreeing_of(taken, two)
         self._expanded = frozenset(
             name for name, value in taken.items() if name not in self._by_rule and value.ndim > 1 and len(value) == 1
         )
@@ -444,6 +457,11 @@ class Layerwise:
         if rest := self._uncovered():
             self._loop = self._by_backward or not rest.keys() <= self._agreeing(two)
             self._say()
+
+    def _agreeing_of(self, names: Collection[str], two: Inputs) -> frozenset[str]:
+        """Those of the names that agree if all of them take the route of the rules."""
+        self._by_rule = frozenset(names)
+        return self._agreeing(two)
 
     def _hides_weights(self, two: Inputs) -> bool:
         """Whether `.backward()`, which trains, has gradients that `autograd.grad` has not (reentrant checkpoints)."""
@@ -489,8 +507,11 @@ class Layerwise:
         try:
             with self._forward(two, UNFOLDED) as run:
                 gradients = pull_back(run.logits, run.targets, v)
-        except (RuntimeError, TypeError, ValueError):  # expanded parameters of a shape that is not one of B samples
-            return {}, everything
+        except (RuntimeError, TypeError, ValueError, IndexError):  # for what was expanded, or by a checkpoint
+            if not self._widens:
+                return {}, everything
+            self._widens = False
+            return self._rows_of(two, v)
         found, broken = self._by_calls(run, gradients, lambda _, term: term.dense())
         for name, gradient in zip(run.expanded, gradients[len(run.calls) :], strict=True):
             if gradient is not None:

@@ -71,13 +71,13 @@ def as_function() -> Iterator[None]:
 
 
 @contextmanager
-def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, tuple, Any], None]) -> Iterator[None]:
-    """Call `hook(module, args, output)` after each call of a module; scripted ones take no hooks."""
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any], *, with_kwargs: bool = False) -> Iterator[None]:
+    """Call `hook(module, args, [kwargs,] output)` after each call of a module; scripted ones take no hooks."""
     handles = []
     try:
         for module in modules:
             if not isinstance(module, torch.jit.ScriptModule):
-                handles.append(module.register_forward_hook(hook))
+                handles.append(module.register_forward_hook(hook, with_kwargs=with_kwargs))
         yield
     finally:
         for handle in handles:

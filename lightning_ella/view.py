@@ -233,6 +233,8 @@ class _Copier:
         found |= {"training": False, "_compiled_call_impl": None}
         heads = {name for name, child in module._modules.items() if child is not None and self(child) is None}
         found["_modules"] = {name: child for name, child in found["_modules"].items() if name not in heads}
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):  # how gradients come, not what is computed
+            found |= {"sparse": False, "scale_grad_by_freq": False}
         found |= {name: _say_nothing for name in SILENT if hasattr(module, "_trainer") and hasattr(module, name)}
         vars(made).update(found)
         for base in type(module).__mro__:
