@@ -782,6 +782,22 @@ def test_a_module_without_posterior_is_copied_and_pickled_as_before(tmp_path: Pa
             copied.ella(torch.ones(1, 2))
 
 
+@pytest.mark.parametrize("forward", [None, lambda model, x: model(x)])
+def test_a_module_with_a_posterior_is_copied_and_pickled_as_before(tmp_path: Path, forward: Any):
+    ella = ELLACallback(**SMALL, **({"forward": forward} if forward else {}))
+    make_trainer(tmp_path, ella, max_epochs=0).fit(module := Net(), Data())
+    x = torch.randn(3, 2)
+    copied, pickled = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    assert copied.ella.model is copied is not module
+    assert copied.ella(x).probs.equal(module.ella(x).probs)
+    assert pickled.eval()(x).equal(module.eval()(x))
+    if forward is None:
+        assert pickled.ella(x).probs.equal(module.ella(x).probs)
+    else:
+        with pytest.raises(ValueError, match="forward_function= was left out of the pickle"):
+            pickled.ella(x)
+
+
 class Logging(Net):
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
