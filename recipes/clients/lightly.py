@@ -20,7 +20,7 @@ def loader(count, shuffle=False):
 def train(callbacks):
     network = ResNetGenerator("resnet-9", width=0.25)
     network.linear = nn.Identity()
-    module = LinearClassifier(network, batch_size_per_device=32, feature_dim=128, num_classes=4, topk=(1,))
+    module = LinearClassifier(network, batch_size_per_device=32, feature_dim=128, num_classes=4, topk=(1,), lr=3)
     return fit(module, [loader(200, shuffle=True), loader(201)], callbacks, trainer=Trainer, max_epochs=10)
 
 

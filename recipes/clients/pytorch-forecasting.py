@@ -51,7 +51,6 @@ compare(
     transformer,
     likelihood="regression",
     unpack=lambda batch: (batch[0], batch[1][0]),
-    forward=lambda module, inputs: module(inputs).prediction[..., 0],
 )
 compare(
     "pytorch-forecasting",
@@ -59,5 +58,4 @@ compare(
     nbeats,
     likelihood="regression",
     unpack=lambda batch: (batch[0], batch[1][0]),
-    forward=lambda module, inputs: module(inputs).prediction[..., 0],
 )

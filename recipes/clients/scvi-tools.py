@@ -22,7 +22,7 @@ SCANVI.setup_anndata(cells, labels_key="kind", unlabeled_category="unknown")
 def train(callbacks):
     scvi.settings.seed = 0  # it draws the split from it
     model = SCANVI(cells, n_hidden=16, n_latent=5)
-    model.train(max_epochs=5, train_size=0.6, batch_size=64, accelerator="cpu", callbacks=callbacks)
+    model.train(max_epochs=30, train_size=0.6, batch_size=64, accelerator="cpu", callbacks=callbacks)
     return {"kinds": model.predict().tolist()}
 
 

@@ -32,11 +32,11 @@ def loader(count, shuffle=False):
     images, _ = pictures(count, size=32)
     masks = (images.mean(1, keepdim=True) > 0.1).float()
     samples = [{"image": image, "mask": mask, "trimap": mask + 1} for image, mask in zip(images, masks, strict=True)]
-    return DataLoader(samples, batch_size=16, shuffle=shuffle)
+    return DataLoader(samples, batch_size=4, shuffle=shuffle)
 
 
 def train(callbacks):
-    return fit(PetModel(), [loader(32, shuffle=True), loader(33), loader(34)], callbacks, max_epochs=5)
+    return fit(PetModel(), [loader(20, shuffle=True), loader(21), loader(22)], callbacks, max_epochs=10)
 
 
 compare("segmentation-models-pytorch", "FPN", train, likelihood="binary")

@@ -13,7 +13,7 @@ from torchgeo.trainers import ClassificationTask, PixelwiseRegressionTask, Regre
 class Tiles(Dataset):
     """Images of 32 × 32 pixels, and a target of each."""
 
-    def __init__(self, split, target, count=160):
+    def __init__(self, split, target, count=120):
         images, labels = pictures(count if split == "train" else count // 2 + len(split), size=32)
         bright = images.mean(1)
         targets = {
@@ -32,8 +32,8 @@ class Tiles(Dataset):
         return dict(self.samples[index])
 
 
-def data(target, count=160):
-    module = NonGeoDataModule(Tiles, batch_size=32, num_workers=0, target=target, count=count)
+def data(target, count=120):
+    module = NonGeoDataModule(Tiles, batch_size=8, num_workers=0, target=target, count=count)
     module.mean, module.std = torch.tensor(0.0), torch.tensor(1.0)
     return module
 
@@ -52,12 +52,12 @@ def segmentation(callbacks):
     task = SemanticSegmentationTask(
         model="unet", backbone="tu-test_resnet", weights=None, in_channels=3, task="multiclass", num_classes=2, lr=1e-3
     )
-    return fit(task, data("mask", 32), callbacks, max_epochs=5)
+    return fit(task, data("mask", 24), callbacks, max_epochs=5)
 
 
 def depth(callbacks):
     task = PixelwiseRegressionTask(model="unet", backbone="tu-test_resnet", weights=None, in_channels=3, lr=1e-3)
-    return fit(task, data("depth", 32), callbacks, max_epochs=5)
+    return fit(task, data("depth", 24), callbacks, max_epochs=5)
 
 
 compare("torchgeo", "ClassificationTask, ResNet", classification)
