@@ -1,11 +1,13 @@
 """The head: from inputs to a predictive distribution, with save and load."""
 
+import copy
 import hashlib
 import json
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +25,7 @@ from .engine import Linearization
 from .evidence import Evidence, measure
 from .likelihoods import LIKELIHOODS
 from .linearize import Basis, Forward, as_function, version
+from .pickling import portable
 from .posterior import SCALES, Posterior
 from .predictions import ClassPrediction, Gaussian, shaped
 from .residual import with_probes
@@ -99,23 +102,33 @@ class ELLAPredictor(nn.Module):
         self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
         self.draws = standard_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
         self._quiet = quiet
-        self._linearization = self._linearized(forward)
         self.counted = frozenset(counted) | self._linearization.network.view.counted
         self.fingerprint = fingerprint(model, self.counted)
-        self._verified = _versions(model, self.counted)
+        self._verified: tuple[tuple[int, int], ...] | None = _versions(model, self.counted)
         self._view: tuple[Forward, Linearization] | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is made again: the view of the network and the lock."""
-        return {name: value for name, value in vars(self).items() if name not in ("_linearization", "_view", "_lock")}
+        """What a pickle keeps: all but what is made again, and a `forward=` that cannot be pickled."""
+        return self._own() | {"forward_function": portable("forward_function", self.forward_function)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make a view of the network again."""
+        """Take the parts; a network that has this head on it may not be whole yet, so it is looked at when asked."""
         super().__setstate__(state)
-        self._linearization = self._linearized(self.forward_function)
-        self._verified = _versions(self.model, self.counted)
-        self._view, self._lock = None, threading.RLock()
+        self._verified, self._view, self._lock = None, None, threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = made = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self._own(), memo))
+        return made
+
+    def _own(self) -> dict[str, Any]:
+        made_again = ("_linearization", "_verified", "_view", "_lock")
+        return {name: value for name, value in vars(self).items() if name not in made_again}
+
+    @cached_property
+    def _linearization(self) -> Linearization:
+        return self._linearized(self.forward_function)
 
     @torch.compiler.disable
     def forward(self, inputs: Inputs) -> Any:  # type: ignore

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
@@ -134,11 +134,14 @@ def worker(folder: Path, options: dict[str, str]) -> None:
     module = Blobs.load_from_checkpoint(options["ckpt"]) if "ckpt" in options else Blobs("batchnorm" in options)
     trainer.fit(module)
     print("fit has ended", flush=True)
-    found: dict[str, Any] = {"weights": module.first.weight.tolist(), "fitted": ella.predictor is not None}
-    if ella.predictor is not None:
+    predictor = None
+    with suppress(RuntimeError):  # which says why there is none
+        predictor = ella.predictor
+    found: dict[str, Any] = {"weights": module.first.weight.tolist(), "fitted": predictor is not None}
+    if predictor is not None:
         found |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-        found["eigenvalues"] = ella.predictor.eigenvalues.tolist()
-        found["probs"] = ella.predictor(torch.ones(1, 2)).probs.tolist()
+        found["eigenvalues"] = predictor.eigenvalues.tolist()
+        found["probs"] = predictor(torch.ones(1, 2)).probs.tolist()
         found["test_nll"] = trainer.test(module, verbose=False)[0]["test_nll"]
         found["predicted"] = sum(len(out) for out in trainer.predict(module) or ())  # type: ignore[arg-type]
     if trainer.is_global_zero:

@@ -44,17 +44,19 @@ def run(config: DictConfig) -> float | None:
         each.log_hyperparams(resolved)
     trainer.fit(module, data, ckpt_path=config.ckpt_path)
     if trainer.is_global_zero:
-        if ella.predictor is None:
-            raise SystemExit("ELLA could not be fitted: the reason is above. The checkpoints are kept.")
+        try:
+            predictor = ella.predictor
+        except RuntimeError as error:
+            raise SystemExit(f"{error} The checkpoints are kept.") from error
         quick = config.trainer.fast_dev_run
         if quick:
             data.holdout = some(data.holdout, FEW, config.seed)
         else:
-            save_run(ella.predictor, resolved | {"classes": data.classes}, folder, trainer.loggers)
+            save_run(predictor, resolved | {"classes": data.classes}, folder, trainer.loggers)
         if limit := FEW if quick else config.max_images:
             data.limit(limit)
         fit = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        report = write_report(ella.predictor, data, resolved, folder, trainer.loggers, fit)
+        report = write_report(predictor, data, resolved, folder, trainer.loggers, fit)
         print(words(report, folder), *([] if quick else [advice(data, folder)]), sep="\n")
     return float(trainer.callback_metrics[config.objective])
 
