@@ -176,16 +176,25 @@ class Layerwise:
         """Outputs (B, C) and, by and by, what adds up to the cotangents' products with J."""
         self.by_rule(inputs)
         while True:
-            with self._forward(inputs, folding) as run:  # a checkpoint calls layers again on the way back
-                v = cotangents(run.logits.detach()).to(run.logits)
-                signature, moves = structure(run.logits, run.leaves)
-                key = signature, run.lengths, len(v)
-                new = signature not in self._structures
-                wrong = self._overwritten(run) | (self._misused(run) if new else frozenset())
-                if not wrong:
-                    prove = moves or key not in self._proven
-                    gradients = pull_back(run.logits, run.targets, v, keep=prove)
-                    wrong = self._misplaced(run, gradients, v) if prove else wrong
+            try:
+                with self._forward(inputs, folding) as run:  # a checkpoint calls layers again on the way back
+                    v = cotangents(run.logits.detach()).to(run.logits)
+                    signature, moves = structure(run.logits, run.leaves)
+                    key = signature, run.lengths, len(v)
+                    new = signature not in self._structures
+                    wrong = self._overwritten(run) | (self._misused(run) if new else frozenset())
+                    if not wrong:
+                        prove = moves or key not in self._proven
+                        gradients = pull_back(run.logits, run.targets, v, keep=prove)
+                        wrong = self._misplaced(run, gradients, v) if prove else wrong
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                if not self._widens:
+                    raise
+                self._widens = False  # a layer that is called with one of many samples may be no layer for all of them
+                continue
+            if new and self._widens and not _are_close(run.logits, self.network(inputs)):
+                self._widens = False
+                continue
             wrong = wrong or (self._misused_alone(inputs) if new else wrong)
             if not wrong:
                 break
@@ -553,6 +562,10 @@ def _leaving_out(slow: Collection[str], names: Collection[str]) -> str:
 def _two(inputs: Inputs) -> Inputs:
     """The first and the last sample of a batch."""
     return rows(inputs, torch.tensor([0, num_samples(inputs) - 1]))
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one - other).norm() <= BY_AUTOCAST / 10 * other.norm())
 
 
 def _follows(one: Tensor, other: Tensor, alphas: Tensor) -> bool:

@@ -190,6 +190,8 @@ class _Copier:
         if isinstance(value, Tensor):
             return self._done(value, self._tensor(value))
         if isinstance(value, nn.Module):
+            if type(value) in weakref.ProxyTypes:  # whose methods are those of what it stands for
+                return self._done(value, weakref.proxy(self(value.parameters.__self__)))  # type: ignore[attr-defined]
             return self._module(value)
         if type(value) in CONTAINERS:
             return self._container(value)
