@@ -22,9 +22,11 @@ import tempfile
 import time
 import tomllib
 import venv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -244,21 +246,21 @@ def _literally(what: str) -> str:
 # For `make clients`, in .venv.
 
 
-def environment(name: str, needs: list[str]) -> Path:
-    """The folder of a project's environment, made where it is missing or was made for other needs."""
+def environment(name: str, packages: list[str]) -> Path:
+    """The folder of a project's environment, made where it is missing or was made for other packages."""
     folder = ENVIRONMENTS / name
     done, pinned = folder / "needs", folder / "pinned"
     versions = "".join(f"{shared}=={metadata.version(shared)}\n" for shared in SHARED)
-    if done.exists() and done.read_text() == "\n".join([*needs, versions]):
+    if done.exists() and done.read_text() == "\n".join([*packages, versions]):
         return folder
     venv.create(folder, clear=True, symlinks=True)
     paths = {"base": folder, "platbase": folder}
     site = Path(sysconfig.get_path("purelib", "venv", paths))
     (site / "base.pth").write_text(f"import site; site.addsitedir({str(BASE)!r})\n")
     pinned.write_text(versions)
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--constraint", pinned, *needs]
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--constraint", pinned, *packages]
     subprocess.run(pip, check=True, capture_output=True, text=True)
-    done.write_text("\n".join([*needs, versions]))
+    done.write_text("\n".join([*packages, versions]))
     return folder
 
 
@@ -269,37 +271,31 @@ def needs(script: Path) -> list[str]:
     return tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))["dependencies"]
 
 
-def rows(name: str) -> Iterator[Row]:
+def rows(name: str) -> list[Row]:
     """The rows of a project; what goes wrong is a row, too."""
     script = SCRIPTS / f"{name}.py"
     try:
         folder = environment(name, needs(script))
     except subprocess.CalledProcessError as error:
-        yield Row(name, error=f"cannot be installed: {first_line(error.stderr)}")
-        return
+        return [Row(name, error=f"cannot be installed: {first_line(error.stderr)}")]
     found, log = folder / "rows", folder / "log"
-    found.unlink(missing_ok=True)
-    found.touch()
+    found.write_text("")
     # -P: a script has the name of its project, which it would import itself in place of.
     command = [folder / "bin" / "python", "-P", script]
+    path = os.pathsep.join(filter(None, [str(SCRIPTS.parent), os.environ.get("PYTHONPATH")]))
+    variables = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as scratch, log.open("w") as said:
-        path = os.pathsep.join(filter(None, [str(SCRIPTS.parent), os.environ.get("PYTHONPATH")]))
         try:
-            status = subprocess.run(
-                command,
-                cwd=scratch,
-                env=os.environ | {"PYTHONPATH": path},
-                stdout=said,
-                stderr=said,
-                timeout=LIMIT,
-                check=False,
-            ).returncode
+            run = subprocess.run(command, cwd=scratch, env=variables, stdout=said, stderr=said, timeout=LIMIT)
+            reason = "" if run.returncode == 0 else f"status {run.returncode}: {last_line(log)}"
         except subprocess.TimeoutExpired:
-            status = f"still running after {LIMIT} s"
-    for text in found.read_text().splitlines():
-        yield Row(**json.loads(text))
-    if status:
-        yield Row(name, error=str(log.read_text().strip().rpartition("\n")[2] or status)[:300])
+            reason = f"still running after {LIMIT} s"
+    done = [Row(**json.loads(text)) for text in found.read_text().splitlines()]
+    return [*done, Row(name, error=reason)] if reason else done
+
+
+def last_line(log: Path) -> str:
+    return first_line(log.read_text(errors="replace").strip().rpartition("\n")[2])
 
 
 def main() -> None:
@@ -312,8 +308,8 @@ def main() -> None:
             parser.error(f"no project {name!r}: there are {', '.join(known)}")
     print(line(*HEADER), line(*["---"] * len(HEADER)), sep="\n", flush=True)
     good = True
-    for name in names:
-        for row in rows(name):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row in chain.from_iterable(pool.map(rows, names)):
             print(row, flush=True)
             good = good and row.identical is True and not row.error
     sys.exit(not good)
