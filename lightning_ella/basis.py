@@ -4,6 +4,7 @@ Memory beside the result, K x P numbers: the M x P rows where they fit the budge
 (M x d numbers and P signs) and a chunk of rows, at the price of a second pass over the landmarks.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -100,7 +101,7 @@ class Sketch:
     def __init__(self, parameters: Mapping[str, Tensor], size: int, seed: int):
         self.size = size
         generator = torch.Generator().manual_seed(seed)
-        self.dtype = next(iter(parameters.values())).dtype
+        self.dtype = _type(parameters)
         self.signs, self.shifts = {}, {}
         for name, parameter in parameters.items():
             signs = torch.randint(2, (parameter.numel(),), generator=generator, dtype=torch.int8)
@@ -111,7 +112,7 @@ class Sketch:
         """Sketch the rows of a chunk, (b, d)."""
         total: Tensor | None = None
         for name, gradient in chunk.items():
-            signed = pad(gradient * self.signs[name], (0, -gradient.shape[1] % self.size))
+            signed = pad(gradient.to(self.dtype) * self.signs[name], (0, -gradient.shape[1] % self.size))
             folded = signed.unflatten(1, (-1, self.size)).sum(1).roll(self.shifts[name], 1)
             total = folded if total is None else total.add_(folded)
         assert total is not None
@@ -165,7 +166,7 @@ def _combine(chunks: Gradients, weights: Tensor, parameters: Mapping[str, Tensor
         count = len(next(iter(chunk.values())))
         part = weights[:, done : done + count]
         for name, gradient in chunk.items():
-            total[name].addmm_(part.to(gradient.dtype), gradient)
+            total[name].addmm_(part.to(total[name]), gradient.to(total[name]))
         done += count
         chunk.clear()
     return total
@@ -184,7 +185,7 @@ def _rayleigh_ritz(combined: dict[str, Tensor], scales: Tensor, num_landmarks: i
 
 
 def _hold(chunks: Gradients, parameters: Mapping[str, Tensor], num_rows: int) -> Tensor:
-    held = next(iter(parameters.values())).new_empty(num_rows, _size(parameters))
+    held = next(iter(parameters.values())).new_empty(num_rows, _size(parameters), dtype=_type(parameters))
     done = 0
     for chunk in chunks:
         count = len(next(iter(chunk.values())))
@@ -216,6 +217,11 @@ def _check_finite(rows: Tensor) -> Tensor:
 def _split(held: Tensor, parameters: Mapping[str, Tensor]) -> Gradients:
     sizes = [parameter.numel() for parameter in parameters.values()]
     yield dict(zip(parameters, held.split(sizes, dim=1), strict=True))
+
+
+def _type(parameters: Mapping[str, Tensor]) -> torch.dtype:
+    """That holds all of them."""
+    return functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters.values()))
 
 
 def _size(parameters: Mapping[str, Tensor]) -> int:

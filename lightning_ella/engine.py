@@ -241,7 +241,7 @@ class Linearization:
         try:
             return way(tangents, folding)
         except StaleError:
-            self._folding = UNFOLDED
+            self._folding, self._folded, self._folded_from = UNFOLDED, None, []
             return way(basis, UNFOLDED)
 
     def _fold(self, inputs: Inputs, basis: Basis) -> tuple[Folding, Basis]:
@@ -249,7 +249,7 @@ class Linearization:
         if self._folding is None:
             self._folding = find_folding(self.network, rows(inputs, slice(0, 1)), self.layerwise.by_rule(inputs))
         one = next(iter(basis.values()))
-        if self._folding.numel * len(one) * one.element_size() > self.memory_budget // 4:
+        if not self._folding.pairs or self._folding.numel * len(one) * one.element_size() > self.memory_budget // 4:
             return UNFOLDED, basis
         # For small batches, folding takes longer than the rest. What was folded is held: its address may not be reused.
         versions = [version(tangents) for tangents in basis.values()]

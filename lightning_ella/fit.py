@@ -242,6 +242,7 @@ def run(
     give_back()
     figures |= {
         **{f"ella/{name}": float(getattr(posterior, name)) for name in SCALES},
+        **{f"ella/{name}": value for name, value in _noise(likelihood).items()},
         "ella/seconds": time.perf_counter() - started,
         **{f"ella/eigenvalue_{k:02d}": value for k, value in enumerate(eigenvalues.tolist())},
     }
@@ -491,19 +492,30 @@ def _calibrated(
         known = {name: values for name, values in gathered if values is not None}
         figures = {} if targets is None else _figures(likelihood, known, targets, unseen.logits.shape[1])
     figures = world.object_from_first(figures)
-    _say(posterior, figures, count, free_scales(given, unseen.features, hessian, likelihood))
+    _say(posterior, figures, count, free_scales(given, unseen.features, hessian, likelihood), likelihood)
     return posterior, figures
 
 
-def _say(posterior: Posterior, figures: dict[str, float], count: int, chosen: list[str]) -> None:
+def _noise(likelihood: Likelihood) -> dict[str, float]:
+    """The variance of the noise, where the likelihood has one: of several outputs the mean."""
+    variance = likelihood.stored().get("noise_variance")
+    return {} if variance is None else {"noise_variance": float(torch.as_tensor(variance, dtype=torch.float64).mean())}
+
+
+def _say(
+    posterior: Posterior, figures: dict[str, float], count: int, chosen: list[str], likelihood: Likelihood
+) -> None:
     """Log what was chosen, and warn of points that cannot tell."""
     names = {"ece": "ECE", "crps": "CRPS"}
     shown = {"nll": "NLL"} | {name: title for name, title in names.items() if f"map/{name}" in figures}
+    values = {name: float(getattr(posterior, name)) for name in chosen}
+    if posterior.softened and values.pop("temperature", None):  # it ends in the noise, and one is left: `settled`
+        values |= _noise(likelihood.settled(posterior.temperature)[0])
     log.info(
         "ELLA: %s, chosen on %d unseen points: %s.",
-        ", ".join(f"{name} {float(getattr(posterior, name)):.3g}" for name in chosen) or "no scale",
+        ", ".join(f"{name} {value:.3g}" for name, value in values.items()) or "no scale",
         count,
-        ", ".join(f"{title} {figures[f'map/{n}']:.4f} -> {figures[f'ella/{n}']:.4f}" for n, title in shown.items()),
+        ", ".join(f"{title} {figures[f'map/{n}']:.4g} -> {figures[f'ella/{n}']:.4g}" for n, title in shown.items()),
     )
     surer = posterior.temperature < CERTAIN and not posterior.softened
     if surer or figures["ella/nll"] > figures["map/nll"] - 1e-4:
@@ -528,7 +540,7 @@ def _given(hessian: Tensor, likelihood: Likelihood, settings: Settings, prior: f
         ", ".join(f"{n}={v:g}" for n, v in scales.items() if n != "residual_scale" or settings.residual_scale)
         + ("" if settings.residual_scale else ", no variance outside the span"),
     )
-    given = (torch.tensor(scales[name]).to(hessian) for name in SCALES)
+    given = (torch.as_tensor(scales[name], dtype=hessian.dtype, device=hessian.device) for name in SCALES)
     return Posterior(hessian, *given, softened=likelihood.temperature_is_noise)
 
 

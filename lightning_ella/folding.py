@@ -5,9 +5,10 @@ function of the original ones, so by the chain rule J V is the folded network's 
 derivative along V: the folded tangents.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 from .batches import Inputs
 from .linearize import Basis, Network, hooked, is_plain
-from .view import View
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,21 @@ class Folding:
         return found
 
     @contextmanager
-    def applied(self, view: View) -> Iterator[None]:
-        """Let the BatchNorms only add what is left of them; `values` must stand in for the parameters meanwhile."""
+    def applied(self, network: Network) -> Iterator[None]:
+        """Let the BatchNorms only add what is left of them; `values` must stand in for the parameters meanwhile.
+
+        Evaluations raise a `StaleError` where a convolution's output or a weight has another use than was found.
+        """
         with ExitStack() as stack:
             for pair in self.pairs:
                 way = _Way()
                 self._ways.append(way)
-                stack.enter_context(view.patched(pair.conv, forward=partial(way.convolve, pair.conv)))
-                stack.enter_context(view.patched(pair.norm, forward=partial(way.shift, pair.norm)))
+                stack.enter_context(network.view.patched(pair.conv, forward=partial(way.convolve, pair.conv)))
+                stack.enter_context(network.view.patched(pair.norm, forward=partial(way.shift, pair.norm)))
             stack.callback(self._ways.clear)
+            if self.pairs:
+                network.watch = partial(_Once, self._ways)
+                stack.callback(setattr, network, "watch", nullcontext)
             yield
 
     def check(self) -> None:
@@ -100,21 +106,54 @@ class _Way:
 
     def __init__(self):
         self.output: Tensor | None = None
+        self.once: _Once | None = None  # of the evaluation that is going on
 
     def convolve(self, conv: nn.Conv2d, input: Tensor) -> Tensor:
         """As the convolution does, once for each BatchNorm."""
         if self.output is not None:
             raise StaleError
         self.output = nn.Conv2d.forward(conv, input)
+        self._watch(self.output, conv.weight, conv.bias)
         return self.output
 
     def shift(self, norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
         """All that is left of the BatchNorm."""
-        if input is not self.output:
+        if input is not self.output or self.once is None:
             raise StaleError
+        self.once.used_up.pop(id(input), None)
         self.output = None
         assert norm.bias is not None
-        return input + norm.bias.to(input.dtype).view(-1, 1, 1)
+        output = input + norm.bias.to(input.dtype).view(-1, 1, 1)
+        self._watch(input, norm.bias)
+        return output
+
+    def _watch(self, *tensors: Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is not None and self.once is not None:
+                self.once.used_up[id(tensor)] = weakref.ref(tensor)
+
+
+class _Once(TorchFunctionMode):
+    """Raises a `StaleError` where what has had its use in a folded network is used again."""
+
+    def __init__(self, ways: Collection[_Way]):
+        super().__init__()
+        self.used_up: dict[int, weakref.ref] = {}
+        for way in ways:
+            way.once, way.output = self, None
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Call `function`: asking for a shape is no use."""
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, (Tensor, tuple, list)) and self.used_up:
+            for leaf in (*args, *(kwargs or {}).values()):
+                known = self.used_up.get(id(leaf))
+                if known is not None and known() is leaf and function not in PLAIN:
+                    raise StaleError
+        return result
+
+
+PLAIN = {Tensor.size, Tensor.dim, Tensor.shape.__get__, Tensor.stride}  # type: ignore[attr-defined]
 
 
 UNFOLDED = Folding({})

@@ -242,7 +242,7 @@ class Layerwise:
         expanded = {n: taken[n].expand(B, *taken[n].shape[1:]).requires_grad_() for n in self._expanded}
         values = {name: value.requires_grad_() for name, value in folding.values().items()} | expanded
         leaves = {name: parameter for parameter, name in self.network.names.items()} | values
-        with folding.applied(self.network.view), self.network.view.replaced(values):
+        with folding.applied(self.network), self.network.view.replaced(values):
             with hooked(rules, record, with_kwargs=True), torch.enable_grad():
                 logits = self.network(inputs)
             folding.check()

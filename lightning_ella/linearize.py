@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -115,6 +115,7 @@ class Network:
         self.model = self.view.root
         self._forward: Forward = self.view.copied(forward)  # what a closure knows of the network is the view's
         self._settled = False
+        self.watch: Callable[[], AbstractContextManager] = nullcontext  # over each evaluation
         self.output_shape: tuple[int, ...] | None = None  # of the last outputs, without B
         self.names: dict[Tensor, str] = {
             parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad
@@ -133,7 +134,7 @@ class Network:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Outputs (B, C), by operations that can be differentiated; those of several positions one after the other."""
-        with NoShortcuts():
+        with NoShortcuts(), self.watch():
             return self._evaluate(inputs)
 
     def own(self, inputs: Inputs) -> Tensor:

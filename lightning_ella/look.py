@@ -40,6 +40,9 @@ RESHAPING = {
 }
 
 
+Record = list[tuple[nn.Module, list[Tensor], list[Tensor]]]  # calls as they end: module, inputs, outputs
+
+
 def look(
     linearization: Linearization, train: Points, held_out: Points | None, settings: Settings
 ) -> tuple[Inputs, Tensor]:
@@ -107,13 +110,25 @@ def same_alone(network: Network, inputs: Inputs) -> None:
         outputs = network(inputs)
     for b in range(min(ALONE, num_samples(inputs))) if not isinstance(inputs, Picked) else ():
         with _recorded(network) as alone:
-            one = network(rows(inputs, slice(b, b + 1)))
+            one = _evaluated_alone(network, rows(inputs, slice(b, b + 1)), alone, together)
         if one.shape[1:] == outputs.shape[1:] and _differ(one, outputs[b : b + 1], together, outputs):
             raise ValueError(
                 "the network's outputs for a sample depend on the other samples of its batch, by "
                 f"{_culprit(network, alone, together, b)} (statistics of the batch, as a BatchNorm has them with "
                 "track_running_stats=False?). Pass a forward= that looks at each sample alone."
             )
+
+
+def _evaluated_alone(network: Network, sample: Inputs, alone: Record, together: Record) -> Tensor:
+    try:
+        return network(sample)
+    except Exception as error:
+        missing = [module for module, *_ in together[len(alone) : len(alone) + 1]]
+        where = _named(network, missing[0]) if missing else "its forward()"
+        raise ValueError(
+            f"the network cannot be evaluated for one sample alone, because of {where}: {error} Pass a forward= that "
+            "does without the other samples of a batch."
+        ) from error
 
 
 def no_probabilities(network: Network, inputs: Inputs, operation: str, one_row: bool, fix: str) -> None:
@@ -165,9 +180,6 @@ def _shortcuts(network: Network, inputs: Inputs, logits: Tensor) -> None:
         )
 
 
-Record = list[tuple[nn.Module, list[Tensor], list[Tensor]]]  # calls as they end: module, inputs, outputs
-
-
 @contextmanager
 def _recorded(network: Network) -> Iterator[Record]:
     found: Record = []
@@ -186,12 +198,16 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _culprit(network: Network, ones: Record, others: Record, row: int | None = None) -> str:
     """The first module whose outputs differ where its inputs do not."""
     pick: Callable[[Tensor], Tensor] = lambda t: t if row is None or not t.ndim else t[row : row + 1]  # noqa: E731
-    names = {module: name for name, module in network.model.named_modules()}
     for (module, args, outputs), (_, other_args, other_outputs) in zip(ones, others, strict=False):
         if _same(args, map(pick, other_args)) and not _same(outputs, map(pick, other_outputs)):
-            kind = type(module).__name__
-            return f"{names[module]} ({kind})" if names.get(module) else f"{kind}.forward()"
+            return _named(network, module)
     return "its forward()"
+
+
+def _named(network: Network, module: nn.Module) -> str:
+    names = {each: name for name, each in network.model.named_modules()}
+    kind = type(module).__name__
+    return f"{names[module]} ({kind})" if names.get(module) else f"{kind}.forward()"
 
 
 def _same(ones: Any, others: Any) -> bool:

@@ -333,7 +333,7 @@ class ELLAPredictor(nn.Module):
     def _learn(self, loader: DataLoader, unpack: Unpack, sign: int) -> Self:
         curvature = self.curvature + sign * self._curvature_of(loader, unpack, self.basis).to(self.curvature)
         before, after = torch.linalg.eigvalsh(self.curvature)[-1], torch.linalg.eigvalsh(curvature)[0]
-        if after < -1e-6 * before.abs().clamp_min(1e-12):
+        if after < -1e-6 * before.abs():
             raise ValueError("these points were not among those that the posterior has seen, so it cannot forget them.")
         self.curvature = curvature
         return self
@@ -515,7 +515,7 @@ def _compare(expected: Mapping[str, str], model: nn.Module, without: Collection[
     theirs = f"{origin}, {expected['weights'][:8]}" if origin else expected["weights"][:8]
     raise ValueError(
         f"{what} was fitted at other weights ({theirs}; the network has {found['weights'][:8]}): "
-        "load the weights that it was fitted with, or fit again."
+        "load the weights that it was fitted with (a cast to a smaller type and back changes them, too), or fit again."
     )
 
 

@@ -6,6 +6,7 @@ user's module is only read, so that other threads may call it, move it and train
 
 import copy
 import functools
+import sys
 import threading
 import types
 import weakref
@@ -29,6 +30,7 @@ CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)  # that are copi
 FOREIGN = {"lightning", "pytorch_lightning", "lightning_fabric"}  # trainers and loggers, which know the whole program
 UNSEEN = ("_backward_hooks", "_backward_pre_hooks")  # change no outputs, and might keep gradients for their owner
 SILENT = ("log", "log_dict")  # a LightningModule may log in `forward`; what ELLA asks is nobody's metric
+FRAMES = 20  # of a module within another
 ROUNDS = 10  # of looking for what a forward pass writes to: one write may lead to another
 
 
@@ -46,7 +48,8 @@ class View:
 
     def __init__(self, model: nn.Module, taken: Collection[str] | None = None, cast: Cast = lambda _, value: value):
         self.copied = _Copier(model, taken, cast)
-        self.root: nn.Module = self.copied(model)
+        with _deep_recursion(model):
+            self.root: nn.Module = self.copied(model)
         modules = list(self.root.modules())
         named = [*self.root.named_buffers(), *self.root.named_parameters()]
         names = {id(value): name for name, value in named}
@@ -62,7 +65,8 @@ class View:
                 for attribute, value in held.items():
                     if value is not None:
                         self._places.setdefault(names[id(value)], []).append((table, attribute, held))
-        self.counted: frozenset[str] = frozenset()  # names of what a forward pass itself writes to: no weights
+        self.written: frozenset[str] = frozenset()  # names of what a forward pass writes to
+        self.counted: frozenset[str] = frozenset()  # and of what it changes: no weights
         self._counters: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -125,6 +129,7 @@ class View:
                 )
             if not watch.written:
                 return
+            self.written |= {name for name, value in self.tensors.items() if _storage(value) in watch.written}
             for alias in self.copied.aliases:
                 if _storage(alias) in watch.written:
                     alias.data = alias.data.clone()
@@ -145,6 +150,17 @@ class View:
             if name in changed and not isinstance(value, nn.Parameter)
         ]
         self.restore()
+
+
+@contextmanager
+def _deep_recursion(model: nn.Module) -> Iterator[None]:
+    """Let a network be copied that is nested as deeply as it has modules."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + FRAMES * sum(1 for _ in model.modules()))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _is_same(one: Any, other: Any) -> bool:
