@@ -116,7 +116,7 @@ def run(
     All processes of `world` call it with the same arguments and return the same predictor. `stages` keeps what is done
     on the way, and `origin` says which weights these are, in the error that refuses others.
     """
-    started = time.perf_counter()
+    started, ended = time.perf_counter(), {}  # the second by stage
     world, stages = world or World(), stages or Stages()
     progress = progress or (_tqdm if world.first else silent)
     names = chosen_names(model, parameters)
@@ -185,6 +185,7 @@ def run(
         basis = stages.do("basis", world, generator, linearization.device, make_basis)
         eigenvalues = basis.pop("eigenvalues")
         basis = {name.removeprefix("basis."): tangents for name, tangents in basis.items()}
+        ended["landmarks"] = time.perf_counter()
         give_back()
         if not likelihood.is_complete:
             points, what = (train, "noise of training points") if held_out is None else (held_out, "noise")
@@ -192,6 +193,7 @@ def run(
             residuals = visit(points, points.arranged(numbers), what)
             likelihood = _completed(likelihood, linearization, residuals, world)
         hessian = stages.do("curvature", world, generator, linearization.device, make_curvature)["curvature"]
+        ended["curvature"] = time.perf_counter()
         give_back()
         rank = len(eigenvalues)
         hessian, outside = hessian[:rank, :rank], hessian.diagonal()[rank:].sum()
@@ -239,7 +241,11 @@ def run(
                 batched=isinstance(inputs, Picked),
                 quiet=True,
             )
+    ended["calibration"] = time.perf_counter()
     give_back()
+    took = {stage: end - start for (stage, end), start in zip(ended.items(), (started, *ended.values()), strict=False)}
+    with world.quiet():
+        log.info("ELLA: the fit took %s.", _listed(took))
     figures |= {
         **{f"ella/{name}": float(getattr(posterior, name)) for name in SCALES},
         **{f"ella/{name}": value for name, value in _noise(likelihood).items()},

@@ -376,5 +376,8 @@ def test_inputs_without_a_tensor_are_refused_with_what_to_pass():
     from collections import UserDict
 
     model = nn.Linear(2, 3)
-    with as_function(), pytest.raises(TypeError, match=r"no tensor with samples along its first axis in inputs that are an UserDict"):
+    with (
+        as_function(),
+        pytest.raises(TypeError, match=r"no tensor with samples along its first axis in inputs that are an UserDict"),
+    ):
         Linearization(model, lambda module, inputs: module(inputs["x"])).logits(UserDict(x=torch.zeros(2, 2)))
