@@ -299,6 +299,8 @@ class Linearization:
 
     def _trouble(self, forward: ForwardMode, inputs: Inputs, basis: Basis) -> str | None:
         """Why forward mode cannot be used: a layer without a rule, or one whose rule is wrong under vmap."""
+        if written := self.network.view.written & basis.keys():
+            return f"evaluating the network writes to {min(written)}"  # and would write to its tangents
         few = rows(inputs, slice(0, 2))
         tangents = {name: part[:2] for name, part in basis.items()}
         try:

@@ -51,12 +51,7 @@ class ForwardMode:
         parts = slices(len(next(iter(basis.values()))), self.tangents_per_chunk)
         for part in parts:
             # Autograd makes zeros and copies into them where a tangent's storage is larger than its weight's.
-            # What the network writes to its weights, it writes to their tangents.
-            written = self.network.view.written
-            tangents = {
-                n: basis[n][part].to(value.dtype, copy=len(parts) > 1 or n in written)
-                for n, value in parameters.items()
-            }
+            tangents = {n: basis[n][part].to(value.dtype, copy=len(parts) > 1) for n, value in parameters.items()}
             with folding.applied(self.network):
                 outputs, features = vmap(product, out_dims=out_dims)(tangents)
                 folding.check()

@@ -39,7 +39,7 @@ def with_probes(basis: dict[str, Tensor], count: int, seed: int) -> dict[str, Te
         overlap = overlap + outside @ inside.T  # (m, K)
     for part in basis.values():
         inside, outside = _halves(part, rank)
-        part[rank:] = (outside - overlap @ inside).view_as(part[rank:])
+        part[rank:] = (outside - overlap.to(inside) @ inside).view_as(part[rank:])
     return basis
 
 
