@@ -162,6 +162,16 @@ def pictures(count: int, channels: int = 3, size: int = 16) -> tuple[Tensor, Ten
     return noise + 0.3 * torch.cos(along * torch.pi / 2)[:, None], labels
 
 
+def squares(count: int, channels: int = 3, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Noise (count, channels, size, size) with a square that is brighter, and where it is, (count, 1, size, size)."""
+    generator = torch.Generator().manual_seed(count)
+    noise = torch.randn(count, channels, size, size, generator=generator)
+    corner = torch.randint(size // 2, (count, 2, 1), generator=generator)
+    within = (torch.arange(size) >= corner) & (torch.arange(size) < corner + size // 2)
+    masks = within[:, 0, None, :, None] & within[:, 1, None, None, :]
+    return noise + masks, masks
+
+
 class Training:
     """A training, with what came of it: `result`, what is to be the same without and with ELLA, and `seconds`."""
 
@@ -277,7 +287,7 @@ def rows(name: str) -> list[Row]:
     try:
         folder = environment(name, needs(script))
     except subprocess.CalledProcessError as error:
-        return [Row(name, error=f"cannot be installed: {first_line(error.stderr)}")]
+        return [Row(name, error=f"cannot be installed: {first_line(error.stderr.partition('ERROR: ')[2])}")]
     found, log = folder / "rows", folder / "log"
     found.write_text("")
     # -P: a script has the name of its project, which it would import itself in place of.

@@ -3,7 +3,7 @@
 # ///
 """MONAI's data sets, transforms and networks: batches are dicts of MetaTensors."""
 
-from clients import Steps, compare, fit, pictures
+from clients import Steps, compare, fit, pictures, squares
 from monai.data import CacheDataset, DataLoader
 from monai.losses import DiceCELoss
 from monai.networks.nets import DenseNet, UNet
@@ -26,11 +26,9 @@ class Network(Steps):
 
 
 def loader(count, masks, shuffle=False):
-    images, labels = pictures(count, channels=1)
-    samples = [
-        {"image": image, "mask": (image > 0).long()} if masks else {"image": image, "label": label}
-        for image, label in zip(images, labels, strict=True)
-    ]
+    target, made = ("mask", squares) if masks else ("label", pictures)
+    images, targets = made(count, channels=1, size=16)
+    samples = [{"image": image, target: value} for image, value in zip(images, targets.long(), strict=True)]
     keys = ["image", "mask"] if masks else ["image"]
     transforms = Compose([EnsureTyped(keys), ScaleIntensityd("image")])
     return DataLoader(CacheDataset(samples, transforms, progress=False), batch_size=32, shuffle=shuffle)

@@ -4,7 +4,7 @@
 """torchgeo's tasks, whose batches are dicts of image and label or mask."""
 
 import torch
-from clients import compare, fit, pictures
+from clients import compare, fit, pictures, squares
 from torch.utils.data import Dataset
 from torchgeo.datamodules import NonGeoDataModule
 from torchgeo.trainers import ClassificationTask, PixelwiseRegressionTask, RegressionTask, SemanticSegmentationTask
@@ -14,15 +14,17 @@ class Tiles(Dataset):
     """Images of 32 × 32 pixels, and a target of each."""
 
     def __init__(self, split, target, count=120):
-        images, labels = pictures(count if split == "train" else count // 2 + len(split), size=32)
-        bright = images.mean(1)
-        targets = {
-            "label": ("label", labels),
-            "number": ("label", images.mean((1, 2, 3))[:, None] * 10),
-            "mask": ("mask", (bright > 0).long()),
-            "depth": ("mask", bright),
-        }
-        name, values = targets[target]
+        count = count if split == "train" else count + len(split)
+        if target == "class":
+            name, (images, values) = "label", pictures(count, size=32)
+        else:
+            images, masks = squares(count)
+            masks = masks[:, 0]
+            name, values = {
+                "brightness": ("label", images.mean((1, 2, 3))[:, None] * 10),
+                "mask": ("mask", masks.long()),
+                "depth": ("mask", masks + images.mean(1)),
+            }[target]
         self.samples = [{"image": image, name: value} for image, value in zip(images, values, strict=True)]
 
     def __len__(self):
@@ -40,12 +42,12 @@ def data(target, count=120):
 
 def classification(callbacks):
     task = ClassificationTask(model="test_resnet", weights=None, in_channels=3, num_classes=4, lr=1e-3)
-    return fit(task, data("label"), callbacks, max_epochs=5)
+    return fit(task, data("class"), callbacks, max_epochs=5)
 
 
 def regression(callbacks):
     task = RegressionTask(model="test_resnet", weights=None, in_channels=3, num_outputs=1, lr=1e-3)
-    return fit(task, data("number"), callbacks, max_epochs=5)
+    return fit(task, data("brightness"), callbacks, max_epochs=5)
 
 
 def segmentation(callbacks):
