@@ -594,7 +594,9 @@ def structure(logits: Tensor, leaves: Mapping[str, Tensor]) -> tuple[tuple, bool
         edges = [numbers.setdefault(after, len(numbers)) for after in following]
         operation = node.name()
         found.append((operation, named.get(id(getattr(node, "variable", None))), *edges))
-        moves = moves or not _keeps_places(node, operation.rstrip("0123456789").removesuffix("Backward"))
+        moves = moves or not _keeps_places(
+            node, operation.rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+        )
     return tuple(found), moves
 
 
