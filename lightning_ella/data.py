@@ -363,7 +363,8 @@ class Held(Points):
         """Make the pass, and return N."""
         most, points, batches = LONGEST * self._keep, 0, 0
         whole = True
-        for batches, raw in enumerate(source, 1):
+        # As Lightning does: some loaders fail when they are asked for more batches than their length.
+        for batches, raw in enumerate(islice(source, len_of(source)), 1):
             with telling(batches == 1):
                 batch = plain(unpacked(self.unpack, raw), "cpu")
             points += self._add(batch)
