@@ -75,7 +75,7 @@ def evaluation_sets(data: Images, config: DictConfig) -> Sets:
     pixels, labels = data.pixels(images[: config.num_corrupted]), targets[: config.num_corrupted]
     for name, dataset in data.shifted.items():
         sets[name] = first(dataset, config.num_corrupted, config.seed)
-    for name, severity in () if data.shifted else product(CORRUPTIONS, SEVERITIES):
+    for name, severity in () if data.shifted else product(config.corruptions or CORRUPTIONS, SEVERITIES):
         corrupted = corrupt(pixels, name, severity)
         if not corrupted.equal(pixels):  # as of the saturation of a grey image
             sets[f"{name}/{severity}"] = data.normalise(corrupted), labels
@@ -285,7 +285,8 @@ def show(runs: list[dict], over_ours: dict[str, dict], console: Console, config:
     """Print a table for each group of figures: the mean over seeds, and the spread if there are several."""
     titles = {
         "test": f"{config.num_test:,} test images",
-        "corrupted": f"{config.num_corrupted} test images under {len(CORRUPTIONS)} corruptions, mean of 5 severities",
+        "corrupted": f"{config.num_corrupted} test images under {len(config.corruptions or CORRUPTIONS)} corruptions, "
+        "mean of 5 severities",
         "foreign": "Foreign images, told by the entropy of the probabilities",
         "cost": "Fit (s), memory of the fit (bytes), prediction (F)",
     }

@@ -280,7 +280,8 @@ def valla(task: Task) -> Predict:
     """Variational linearized Laplace (Ortega et al. 2024): a short run, then its prior precision like everyone's."""
     order = {"shuffle": True, "generator": torch.Generator().manual_seed(task.seed)}
     loader = DataLoader(task.train.dataset, BATCH, collate_fn=task.train.collate_fn, **order)
-    options = {"functional_approximation": "variational", "inducing_locations": "random", "num_inducing": INDUCING}
+    inducing = min(INDUCING, len(task.train.dataset))  # type: ignore[arg-type]
+    options = {"functional_approximation": "variational", "inducing_locations": "random", "num_inducing": inducing}
     fit = {"iterations": ITERATIONS, "lr": LEARNING_RATE}
     with sdpa_kernel(SDPBackend.MATH):  # differentiates gradients, which other kernels of attention cannot
         posterior = fitted(task, loader, "all", "gp", seed=task.seed, backend=PerSample, fit=fit, **options)

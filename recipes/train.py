@@ -13,6 +13,7 @@ import wandb
 from build import build
 from data import some
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -25,6 +26,13 @@ FEW = 2  # images of each set under fast_dev_run
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(config: DictConfig) -> float | None:
     """Run, and leave no open W&B run for the next job of a sweep."""
+    hydra_config = HydraConfig.get()
+    chosen = hydra_config.runtime.choices
+    if (hydra_config.mode, chosen["trainer"], chosen["hydra/launcher"]) == (RunMode.MULTIRUN, "ddp", "basic"):
+        raise SystemExit(
+            "trainer=ddp starts this command again for each device, and with it the whole sweep: leave it out, or "
+            "start the sweep with torchrun and launcher=torchrun, or with launcher=slurm."
+        )
     try:
         return run(config)
     finally:

@@ -1,15 +1,14 @@
 """The recipes as a user starts them, on data that every machine has or that the test makes."""
 
 import json
-import os
+import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import clone, run
 from conftest import ROOT, noise_images
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -20,20 +19,29 @@ from wandb.proto import wandb_internal_pb2
 QUICK = ["trainer.enable_progress_bar=false", "ella.num_landmarks=24", "ella.rank=4", "ella.num_curvature=24"]
 
 
-def run(recipe: str, tmp_path: Path, *overrides: str, python: Sequence[str] = (), folder: str = "run") -> str:
-    """Run a recipe in `tmp_path`, with more arguments to Python if given; return what it printed."""
-    output = [f"hydra.run.dir={tmp_path}/{folder}", f"hydra.sweep.dir={tmp_path}/{folder}"]
-    command = [sys.executable, *python, str(ROOT / "recipes" / recipe), *overrides, *output]
-    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def start(recipe: str, folder: Path, *arguments: str) -> tuple[list[Path], str]:
+    """Start a recipe in a clone; return the folders of its runs, which it names itself, and what it printed."""
+    before = set(folder.glob("outputs/**/.hydra"))
+    printed = run(shlex.join(["python", f"recipes/{recipe}", *arguments]), folder)
+    made = sorted(set(folder.glob("outputs/**/.hydra")) - before)
+    return [each.parent for each in made], printed
 
 
-def train(tmp_path: Path, *overrides: str) -> tuple[dict, str]:
-    """Run recipes/train.py in `tmp_path`; return report.json and what was printed."""
-    printed = run("train.py", tmp_path, *overrides)
-    return json.loads((tmp_path / "run" / "report.json").read_text()), printed
+def train(folder: Path, *overrides: str) -> tuple[dict, Path, str]:
+    """Run recipes/train.py in a clone; return report.json, the run's folder, and what was printed."""
+    (made,), printed = start("train.py", folder, *overrides)
+    return json.loads((made / "report.json").read_text()), made, printed
+
+
+def evaluate(folder: Path, *overrides: str) -> tuple[dict, Path]:
+    """Run recipes/evaluate.py in a clone; return report.json and the run's folder."""
+    (made,), _ = start("evaluate.py", folder, *overrides)
+    return json.loads((made / "report.json").read_text()), made
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return clone(tmp_path / "clone")
 
 
 @pytest.fixture
@@ -44,8 +52,8 @@ def image_folder(tmp_path: Path) -> Path:
     return noise_images(tmp_path / "images", {"train": 40, "test": 4}, (32, 32))
 
 
-def test_the_digits_experiment_ends_with_table_report_figures_and_wandb(tmp_path: Path):
-    report, printed = train(tmp_path, "trainer.max_epochs=1", "max_images=60", "data.holdout=100", *QUICK)
+def test_the_digits_experiment_ends_with_table_report_figures_and_wandb(folder: Path):
+    report, run, printed = train(folder, "trainer.max_epochs=1", "max_images=60", "data.holdout=100", *QUICK)
     for words in (
         "accuracy",
         "NLL",
@@ -65,7 +73,6 @@ def test_the_digits_experiment_ends_with_table_report_figures_and_wandb(tmp_path
     assert report["num_test"] == 60
     assert report["config"]["ella"]["rank"] == 4
     assert report["fit"]["ella/nll"] > 0
-    run = tmp_path / "run"
     plots = {"reliability", "confidence", "risk_coverage", "eigenvalues", "tuning", "most_uncertain"}
     for name in plots:
         with Image.open(run / f"{name}.png") as image:
@@ -84,14 +91,8 @@ def test_the_digits_experiment_ends_with_table_report_figures_and_wandb(tmp_path
     assert kept["history"]["test/most_uncertain_images/_type"] == '"table-file"'
     assert kept["config"]["ella"]["rank"] == 4
     assert kept["artefacts"]["posterior"] == {"config.yaml", "weights.safetensors", "ella.safetensors"}
-    again = json.loads(evaluate(tmp_path, f"run={run}").read_text())
+    again, _ = evaluate(folder, f"run={run}")
     assert (again["test"], again["foreign"]) == (report["test"], report["foreign"])
-
-
-def evaluate(tmp_path: Path, *overrides: str) -> Path:
-    """Run recipes/evaluate.py; return report.json."""
-    run("evaluate.py", tmp_path, *overrides, folder="again")
-    return tmp_path / "again" / "report.json"
 
 
 def records(content: bytes, block: int = 2**15) -> Iterator[bytes]:
@@ -123,31 +124,32 @@ def read_wandb(file: Path) -> dict:
     return kept
 
 
-def test_the_cifar_experiment_takes_any_image_folder_a_split_and_a_checkpoint(tmp_path: Path, image_folder: Path):
+def test_the_cifar_experiment_takes_any_image_folder_a_split_and_a_checkpoint(folder: Path, image_folder: Path):
     common = [
         "experiment=cifar10_resnet20",
         f"data.root={image_folder}",
-        f"data.split={tmp_path}/split.npz",
+        f"data.split={image_folder.parent}/split.npz",
         "model.num_classes=2",
         "model.depth=8",
         "data.holdout=20",
         "logger=csv",
         *QUICK,
     ]
-    report, _ = train(tmp_path, *common, "trainer.max_epochs=0")
+    report, made, _ = train(folder, *common, "trainer.max_epochs=0")
     assert report["num_test"] == 8
-    columns = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
+    columns = next(made.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
     assert {"test/ella/nll", "map/nll", "foreign/digits/AUROC_novelty"} < set(columns)
-    report, _ = train(tmp_path, *common, "trainer.fast_dev_run=true", "ella=paper")
+    report, *_ = train(folder, *common, "trainer.fast_dev_run=true", "ella=paper")
     assert report["fit"]["ella/prior_variance"] == pytest.approx(0.04)
 
 
-def test_the_study_compares_rivals_and_ablations_and_writes_what_it_found(tmp_path: Path):
+def test_the_study_compares_rivals_and_ablations_and_writes_what_it_found(folder: Path):
     network = ["experiment=digits_vit", "trainer.max_epochs=1", "data.train=60", "data.holdout=300", "logger=wandb"]
-    sizes = ["num_calibration=40", "num_test=30", "num_corrupted=4", "num_foreign=10", "num_bootstraps=20"]
+    sizes = ["num_calibration=20", "num_test=16", "num_corrupted=2", "num_foreign=6", "num_bootstraps=20"]
+    sizes += ["corruptions=[contrast,jpeg]"]
     sizes += ["ensemble=2", "seeds=[0,1]", "rivals=[MAP,temperature scaling,MC dropout]"]
-    printed = run("compare.py", tmp_path, *network, *sizes, *QUICK)
-    figures = json.loads((tmp_path / "run" / "compare.json").read_text())
+    (made,), printed = start("compare.py", folder, *network, *sizes, *QUICK)
+    figures = json.loads((made / "compare.json").read_text())
     rows = figures["1"]
     assert {"MAP", "temperature scaling", "MC dropout", "deep ensemble", "lightning-ella"} < set(rows)
     assert rows["ELLA as in the paper"]["corrupted"]["nll"] > 0
@@ -158,42 +160,26 @@ def test_the_study_compares_rivals_and_ablations_and_writes_what_it_found(tmp_pa
     for words in ("AURC", "FPR95 photographs", "±"):
         assert words in printed
     for name in ("reliability", "shift", "risk_coverage"):
-        assert (tmp_path / "run" / f"{name}.png").stat().st_size > 10_000
-    (stored,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
+        assert (made / f"{name}.png").stat().st_size > 10_000
+    (stored,) = made.glob("wandb/offline-run-*/run-*.wandb")
     assert b"compare/MC dropout/corrupted/nll" in stored.read_bytes()
 
 
-def test_the_shortcuts_are_compared_on_any_image_folder(tmp_path: Path, image_folder: Path):
+def test_the_shortcuts_are_compared_on_any_image_folder(folder: Path, image_folder: Path):
     network = ["model.num_classes=2", "model.depth=8", "num_landmarks=24", "rank=4"]
     sizes = ["num_curvature=40", "stop_every=10", "num_calibration=20", "num_test=8", "memory_budget=4000000"]
-    run("shortcuts.py", tmp_path, f"data.root={image_folder}", f"data.split={tmp_path}/split.npz", *network, *sizes)
-    rows = json.loads((tmp_path / "run" / "shortcuts.json").read_text())
+    data = [f"data.root={image_folder}", f"data.split={image_folder.parent}/split.npz"]
+    (made,), _ = start("shortcuts.py", folder, *data, *network, *sizes)
+    rows = json.loads((made / "shortcuts.json").read_text())
     assert 0 < rows["gradients streamed"]["median"] < 1
     assert 0 < rows["features in bf16"]["median"] < 1
     assert rows["MAP"]["nll"] > 0
 
 
-def test_the_benchmark_compares_the_memory_of_a_fit_with_the_formula(tmp_path: Path):
-    small = ["networks.resnet20.model.depth=8", "networks.resnet20.peer_batches=[2]", "networks.resnet20.samples=2"]
-    printed = run("benchmark.py", tmp_path, "fit=true", "num_landmarks=20", "rank=4", *small)
-    assert "resnet20, M = 20, K = 4" in printed
+def test_the_benchmark_compares_the_memory_of_a_fit_with_the_formula(folder: Path):
+    _, printed = start("benchmark.py", folder, "fit=true", "num_landmarks=20", "rank=4", "network=tiny")
+    assert "tiny, M = 20, K = 4" in printed
     assert "GB by the formula" in printed
-
-
-def test_the_benchmark_compares_one_process_with_two(tmp_path: Path):
-    small = ["networks.resnet20.model.depth=8", "networks.resnet20.peer_batches=[2]", "networks.resnet20.samples=2"]
-    printed = run("benchmark.py", tmp_path, "processes=2", "num_landmarks=20", "rank=4", *small)
-    assert "by one process of one thread" in printed
-
-
-def test_torchrun_starts_the_recipe_on_two_processes(tmp_path: Path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    overrides = ["launcher=torchrun", "logger=none", "trainer.max_epochs=1", "data.train=64", *QUICK]
-    printed = run("train.py", tmp_path, *overrides, python=launcher)
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["config"]["trainer"]["strategy"] == "ddp"
-    assert report["fit"]["ella/nll"] > 0
-    assert printed.count("AUROC against foreign images") == 1
 
 
 def test_the_slurm_launcher_composes(monkeypatch: pytest.MonkeyPatch):
@@ -207,7 +193,7 @@ def test_the_slurm_launcher_composes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
 
 
-def test_a_classifier_by_name_goes_from_training_to_evaluation_on_corrupted_images(tmp_path: Path, stand_ins: Path):
+def test_a_classifier_by_name_goes_from_training_to_evaluation_on_corrupted_images(folder: Path, stand_ins: Path):
     overrides = [
         "experiment=own",
         "model=timm",
@@ -217,18 +203,18 @@ def test_a_classifier_by_name_goes_from_training_to_evaluation_on_corrupted_imag
     ]
     overrides += [f"data.root={stand_ins}", "data.holdout=5", "data.image_size=32", "data.batch_size=4", "max_images=6"]
     overrides += ["trainer.max_epochs=1", "logger=csv", "ella.num_landmarks=8", "ella.rank=2"]
-    report, _ = train(tmp_path, *overrides)
+    report, made, _ = train(folder, *overrides)
     assert report["num_test"] == 6
-    shifted = tmp_path / "shifted"
+    shifted = stand_ins.parent / "shifted"
     for severity in ("1", "5"):
         shutil.copytree(stand_ins / "test", shifted / "fog" / severity)
-    again = json.loads(evaluate(tmp_path, f"run={tmp_path}/run", f"data.shifted={shifted}").read_text())
+    again, on_shifted = evaluate(folder, f"run={made}", f"data.shifted={shifted}")
     assert again["test"] == report["test"]
     assert set(again) > {"severity 1", "severity 5"}
-    assert (tmp_path / "again" / "shift.png").stat().st_size > 10_000
+    assert (on_shifted / "shift.png").stat().st_size > 10_000
     (shifted / "fog" / "1" / "dog").rename(shifted / "fog" / "1" / "cow")
     with pytest.raises(AssertionError, match=r"has the classes \['cat', 'cow'\], not \['cat', 'dog'\]"):
-        evaluate(tmp_path, f"run={tmp_path}/run", f"data.shifted={shifted}")
+        evaluate(folder, f"run={made}", f"data.shifted={shifted}")
 
 
 def test_a_run_is_fetched_from_wandb_or_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -253,33 +239,51 @@ def test_a_run_is_fetched_from_wandb_or_refused_with_what_to_do(tmp_path: Path, 
         evaluate.folder_of(str(tmp_path / "nowhere"))
 
 
-def test_a_sweep_runs_over_lists_and_optuna_minimises_the_nll_on_held_out_images(tmp_path: Path):
+def test_a_sweep_runs_over_lists_and_optuna_minimises_the_nll_on_held_out_images(folder: Path):
     common = ["trainer.max_epochs=1", "max_images=20", "data.holdout=60", *QUICK]
     quick = [override for override in common if not override.startswith("ella.rank")]
-    run("train.py", tmp_path, "--multirun", "ella.rank=2,4", *quick, folder="grid")
-    ranks = [json.loads((tmp_path / f"grid/{i}/report.json").read_text())["config"]["ella"]["rank"] for i in (0, 1)]
-    assert ranks == [2, 4]
-    run("train.py", tmp_path, "--multirun", "sweep=optuna", "hydra.sweeper.n_trials=2", *common, folder="search")
-    found = OmegaConf.load(tmp_path / "search/optimization_results.yaml")
-    assert len(list(tmp_path.glob("grid/*/wandb/offline-run-*"))) == 2
-    reports = [json.loads((tmp_path / f"search/{i}/report.json").read_text()) for i in (0, 1)]
+    runs, _ = start("train.py", folder, "--multirun", "ella.rank=2,4", *quick)
+    assert [json.loads((each / "report.json").read_text())["config"]["ella"]["rank"] for each in runs] == [2, 4]
+    assert all(list(each.glob("wandb/offline-run-*")) for each in runs)
+    runs, _ = start("train.py", folder, "--multirun", "sweep=optuna", "hydra.sweeper.n_trials=2", *common)
+    found = OmegaConf.load(runs[0].parent / "optimization_results.yaml")
+    reports = [json.loads((each / "report.json").read_text()) for each in runs]
     assert found.best_value == pytest.approx(min(report["fit"]["ella/nll"] for report in reports))
 
 
-def test_ddp_is_a_choice_of_trainer_and_tensorboard_one_of_logger(tmp_path: Path):
+def test_whatever_is_swept_is_in_one_folder(folder: Path):
+    """Lists of experiments too, which name the folders of single runs; and those of the other recipes."""
+    runs, _ = start(
+        "train.py", folder, "--multirun", "experiment=digits_resnet,digits_vit", "trainer.fast_dev_run=true"
+    )
+    assert [each.name for each in runs] == ["0", "1"]
+    assert runs[0].parent == runs[1].parent
+    assert (runs[0].parent / "multirun.yaml").exists()
+    small = ["peaks=false", "rounds=1", "network=tiny"]
+    runs, _ = start("benchmark.py", folder, "--multirun", "rank=2,3", *small)
+    assert [str(each.relative_to(folder / "outputs/benchmark/sweeps"))[-2:] for each in runs] == ["/0", "/1"]
+
+
+def test_a_sweep_that_ddp_would_start_again_in_each_process_is_refused(folder: Path):
+    with pytest.raises(AssertionError, match="with it the whole sweep: leave it out, or start the sweep with torchrun"):
+        start("train.py", folder, "--multirun", "trainer=ddp", "ella.rank=2,4")
+
+
+def test_ddp_is_a_choice_of_trainer_and_tensorboard_one_of_logger(folder: Path):
     overrides = ["trainer=ddp", "trainer.devices=2", "trainer.max_epochs=1", "logger=tensorboard", "data.train=64"]
-    report, printed = train(tmp_path, *overrides, "max_images=20", *QUICK)
+    report, made, printed = train(folder, *overrides, "max_images=20", *QUICK)
     assert report["config"]["trainer"]["strategy"] == "ddp"
     assert printed.count("AUROC against foreign images") == 1
-    events = b"".join(file.read_bytes() for file in tmp_path.rglob("events.out.tfevents.*"))
+    events = b"".join(file.read_bytes() for file in made.rglob("events.out.tfevents.*"))
     for tag in (b"test/ella/nll", b"test/reliability", b"ella/temperature"):
         assert tag in events
 
 
-def test_the_rules_for_the_basis_are_compared(tmp_path: Path):
+def test_the_rules_for_the_basis_are_compared(folder: Path):
     sizes = ["num_calibration=40", "num_test=20", "num_corrupted=2", "num_foreign=10", "data.train=200", "data.test=60"]
-    printed = run("bases.py", tmp_path, "trainer.max_epochs=1", "model.width=4", *sizes, *QUICK)
-    rows = json.loads((tmp_path / "run" / "bases.json").read_text())
+    sizes += ["corruptions=[contrast]"]
+    (made,), printed = start("bases.py", folder, "trainer.max_epochs=1", "model.width=4", *sizes, *QUICK)
+    rows = json.loads((made / "bases.json").read_text())
     assert len(rows) == 6
     for row in rows.values():
         assert 0 < row["curvature"] < 1

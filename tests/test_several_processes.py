@@ -4,15 +4,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from torch.distributed.constants import default_pg_timeout
 
 sys.path.insert(0, str(ROOT / "recipes"))
-from faults import INJECTED, launch
+from faults import INJECTED, LIMIT, launch
 
 SCRIPT = str(ROOT / "recipes" / "faults.py")
 
@@ -26,7 +26,7 @@ def start(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> dict[s
     folder.mkdir(exist_ok=True)
     command = [sys.executable, *launcher, SCRIPT, "worker", str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr
     return found(folder) | {"said": done.stdout + done.stderr}
 
@@ -90,10 +90,10 @@ def test_a_killed_process_leaves_training_and_a_fit_that_can_be_resumed(tmp_path
 
 @pytest.mark.parametrize(("stage", "rank"), [("the eigendecomposition", 0), ("the combination of the gradients", 1)])
 def test_an_error_on_one_process_is_told_by_all(tmp_path: Path, stage: str, rank: int):
-    started = time.monotonic()
+    assert default_pg_timeout.total_seconds() > LIMIT  # so whoever ends did not wait until the others were given up
     outcomes = launch(tmp_path, 2, epochs=1, fault=f"{stage}/{rank}/raise")
-    assert time.monotonic() - started < 60
-    assert all(outcome.code == 0 and "fit has ended" in outcome.output for outcome in outcomes)
+    printed = "".join(outcome.output for outcome in outcomes)
+    assert all(outcome.code == 0 and "fit has ended" in outcome.output for outcome in outcomes), printed
     assert f"RuntimeError: {INJECTED}" in outcomes[rank].output
     assert f"process {rank} of 2 failed during {stage}, so all of them stopped" in outcomes[1 - rank].output
     outcomes = launch(tmp_path, 2, epochs=1, on_error="raise", fault=f"{stage}/{rank}/raise")
