@@ -180,13 +180,16 @@ class Layerwise:
                 with self._forward(inputs, folding) as run:  # a checkpoint calls layers again on the way back
                     v = cotangents(run.logits.detach()).to(run.logits)
                     signature, moves = structure(run.logits, run.leaves)
-                    key = signature, run.lengths, len(v)
+                    key, shown = (signature, run.lengths, len(v)), not moves
                     new = signature not in self._structures
                     wrong = self._overwritten(run) | (self._misused(run) if new else frozenset())
                     if not wrong:
-                        prove = moves or key not in self._proven
-                        gradients = pull_back(run.logits, run.targets, v, keep=prove)
-                        wrong = self._misplaced(run, gradients, v) if prove else wrong
+                        once = key not in self._proven and not moves
+                        gradients = pull_back(run.logits, run.targets, v, keep=moves or once)
+                        if moves:  # what holds for these samples and cotangents holds for no others
+                            wrong = self._misplaced(run, gradients, v)[0]
+                        elif once:
+                            wrong, shown = self._misplaced_ever(run)
             except (RuntimeError, TypeError, ValueError, IndexError):
                 if not self._widens:
                     raise
@@ -204,8 +207,9 @@ class Layerwise:
         if len(self._proven) > MAX_PROVEN:
             self._proven.clear()
             self._structures.clear()
-        self._proven.add(key)
         self._structures.add(signature)
+        if shown:
+            self._proven.add(key)
         return run.logits.detach(), self._backward(inputs, run, gradients, v)  # type: ignore[possibly-undefined]
 
     @contextmanager
@@ -312,25 +316,34 @@ class Layerwise:
             *(self._names_of(c.layer) for c in run.calls if version(c.inputs) != c.version)
         )
 
-    def _misplaced(self, run: Pass, found: list[Tensor | None], cotangents: Tensor) -> frozenset[str]:
-        """Names of parameters of layers of which row b is not that of sample b alone.
+    def _misplaced_ever(self, run: Pass) -> tuple[frozenset[str], bool]:
+        """As `_misplaced`, for cotangents of all outputs, so that it holds for any."""
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(len(run.logits), 1, run.logits.shape[1], generator=generator).to(run.logits)
+        return self._misplaced(run, pull_back(run.logits, run.targets, v, keep=True), v)
+
+    def _misplaced(self, run: Pass, found: list[Tensor | None], cotangents: Tensor) -> tuple[frozenset[str], bool]:
+        """Names of parameters of layers of which row b is not that of sample b alone, and whether all have been seen.
 
         With the cotangents of sample b times α_b, so must be the gradient at row b of every layer's output. The α are
         powers of two, which change no rounding, and no two of them are the same. So one more backward pass shows it,
-        where the graph or the number of samples is new, and always where operations may place rows by the data.
+        of a mixture of the cotangents: where the graph or the number of samples is new, and always where operations may
+        place rows by the data. Of a layer whose gradient is zero nothing is seen.
         """
-        B = len(cotangents)
+        B, S = cotangents.shape[:2]
         order = torch.randperm(B, generator=torch.Generator().manual_seed(B)) % SCALES - min(B, SCALES) // 2
         alphas = torch.exp2(order.to(cotangents))
-        scaled = pull_back(run.logits, run.targets, cotangents[:, :1] * alphas.view(-1, 1, 1))
+        mixture = torch.randn(S, generator=torch.Generator().manual_seed(S)).to(cotangents)
+        mixed = torch.einsum("bsc,s->bc", cotangents, mixture)
+        scaled = pull_back(run.logits, run.targets, (mixed * alphas.unsqueeze(1)).unsqueeze(1))
         layers = [self._names_of(call.layer) for call in run.calls] + [{name} for name in run.expanded]
-        wrong = frozenset(
-            name
-            for names, one, other in zip(layers, found, scaled, strict=True)
-            if one is not None and other is not None and not _follows(one[:, 0], other[:, 0], alphas)
-            for name in names
-        )
-        return wrong & self._fast
+        wrong, seen = set(), True
+        for names, one, other in zip(layers, found, scaled, strict=True):
+            if one is not None and other is not None:
+                one = torch.einsum("ns...,s->n...", one, mixture.to(one))
+                wrong |= names if not _follows(one, other[:, 0], alphas) else set()
+                seen = seen and bool(one.any())
+        return self._fast & wrong, seen
 
     def _by_calls(
         self, run: Pass, gradients: list[Tensor | None], part: Callable[[str, Rows], Tensor]
@@ -594,50 +607,67 @@ def structure(logits: Tensor, leaves: Mapping[str, Tensor]) -> tuple[tuple, bool
         edges = [numbers.setdefault(after, len(numbers)) for after in following]
         operation = node.name()
         found.append((operation, named.get(id(getattr(node, "variable", None))), *edges))
-        moves = moves or not _keeps_places(
-            node, operation.rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
-        )
+        moves = moves or not _keeps_places(node, _operation(node), len(logits))
     return tuple(found), moves
 
 
-def _keeps_places(node: Any, operation: str) -> bool:
+def _operation(node: Any) -> str:
+    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+
+
+def _keeps_places(node: Any, operation: str, B: int) -> bool:
     """Whether an operation leaves the rows of a sample where they were, whatever the data."""
-    if operation not in ALONG:
+    if operation in TIMES_WEIGHTS:  # the rows are those of the other factor
+        return _is_weight(node.next_functions[TIMES_WEIGHTS[operation]][0])
+    if operation not in ALONG | BY_DATA:
         return operation in STILL
+    shape = node._input_metadata[0].shape  # of the output
+    if operation in BY_DATA and (not shape or shape[0] % B):  # samples are along another axis
+        return False
     axis = getattr(node, "_saved_dim", 0)
     if axis >= 2**63:  # counted from the end
-        axis += len(node._input_metadata[0].shape) - 2**64
-    return axis > 0
+        axis += len(shape) - 2**64
+    return operation in BATCHED or axis > 0
 
 
-# Names of operations in autograd's graph. What is in neither set may move rows (indexing, sorting, packing).
+def _is_weight(node: Any) -> bool:
+    """Whether a factor is a parameter, perhaps transposed, and nothing that was computed from the inputs."""
+    while node is not None and _operation(node) in RESHAPED:
+        node = node.next_functions[0][0]
+    return node is not None and _operation(node) == "AccumulateGrad"
+
+
+# Names of operations in autograd's graph. What is in none of these may move rows (indexing, sorting, packing).
 STILL = frozenset(
     """
-    AccumulateGrad Abs Acos Add Addbmm Addcdiv Addcmul Addmm Addmv AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D
-    AdaptiveMaxPool3D Alias Amax Amin Asin Atan AvgPool2D AvgPool3D Baddbmm Bmm Celu Clamp ClampMax ClampMin Clone
-    ConstantPadNd Convolution Cos Cosh CudnnBatchNorm CudnnConvolution Detach Div Dot Elu Embedding EmbeddingBag Erf Exp
-    Expand Expm1 Fill Floor FusedRmsNorm Gelu Glu Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp LinalgVectorNorm Linear
-    Log Log1P LogSigmoid LogSoftmax Logaddexp Logsumexp MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum
-    Mean Min Minimum Mish MkldnnConvolution Mm Mul Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm Neg Norm Permute
+    AccumulateGrad Abs Acos Add Addcdiv Addcmul AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D
+    AdaptiveMaxPool3D Alias Amax Amin Asin Atan AvgPool2D AvgPool3D Celu Clamp ClampMax ClampMin Clone ConstantPadNd
+    Convolution Cos Cosh CudnnBatchNorm CudnnConvolution Detach Div Dot Elu Embedding EmbeddingBag Erf Exp Expand
+    Expm1 Fill Floor FusedRmsNorm Gelu Glu Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp LinalgVectorNorm Log Log1P
+    LogSigmoid LogSoftmax Logaddexp Logsumexp MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean
+    Min Minimum Mish MkldnnConvolution Mul NativeBatchNorm NativeGroupNorm NativeLayerNorm Neg Norm Permute
     PixelShuffle PixelUnshuffle Pow Prelu PreluKernel Prod Reciprocal ReflectionPad1D ReflectionPad2D Relu Repeat
     ReplicationPad1D ReplicationPad2D ReshapeAlias Rsqrt Rsub SafeSoftmax ScaledDotProductEfficientAttention
-    ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu Selu Sigmoid Sign Silu Sin Sinh Softmax Softplus
-    Sqrt Squeeze Std StdMean Sub Sum T Tan Tanh Threshold ToCopy Transpose Tril Triu UnsafeView Unsqueeze
+    ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu Selu Sigmoid Sign Silu Sin Sinh Softmax
+    Softplus Sqrt Squeeze Std StdMean Sub Sum T Tan Tanh Threshold ToCopy Transpose Tril Triu UnsafeView Unsqueeze
     UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D Var VarMean View Where
     """.split()  # noqa: SIM905 - a list of so many is no better to read
 )
-ALONG = frozenset(
-    (
-        "Cat",
-        "Cumsum",
-        "Gather",
-        "IndexSelect",
-        "Select",
-        "Slice",
-        "Split",
-        "SplitWithSizes",
-        "Stack",
-        "Unbind",
-        "Unfold",
-    )
-)
+# Which do so where a factor is a weight: number of that argument.
+TIMES_WEIGHTS = {"Addmm": 2, "Addmv": 2, "Linear": 1, "Mm": 1, "Mv": 1}
+RESHAPED = {
+    "Expand",
+    "Permute",
+    "ReshapeAlias",
+    "Squeeze",
+    "T",
+    "ToCopy",
+    "Transpose",
+    "UnsafeView",
+    "Unsqueeze",
+    "View",
+}
+# Which do so along another axis than the first; and if samples are along the first, for what goes by the data.
+ALONG = {"Cat", "Cumsum", "Select", "Slice", "Split", "SplitWithSizes", "Stack", "Unbind", "Unfold"}
+BATCHED = {"Baddbmm", "Bmm"}
+BY_DATA = BATCHED | {"Gather", "IndexSelect"}

@@ -414,6 +414,18 @@ def test_the_curvature_is_that_of_all_training_points(name: str, engine: str):
     assert (found.served().curvature - expected).norm() < 10 * max(case.tolerance, 1e-8) * expected.norm()
 
 
+@pytest.mark.parametrize("name", ["SortedByAMatrix", "SortedAlongTheSecondAxis", "SortedByFirst"])
+def test_a_batch_in_which_nothing_moves_proves_nothing_for_the_next(name: str):
+    case = CASES[name]
+    inputs = case.inputs(ASKED, 3)
+    inputs = inputs[inputs[:, 0].argsort()]
+    predictor = fit(case, case.build(), training_inputs(name), "layerwise")
+    shuffled = torch.randperm(ASKED, generator=torch.Generator().manual_seed(1))
+    expected = torch.cat([predictor.features(one.unsqueeze(0))[1] for one in inputs])
+    assert difference(predictor.features(inputs)[1], expected.double()) < case.tolerance
+    assert difference(predictor.features(inputs[shuffled])[1], expected[shuffled].double()) < case.tolerance
+
+
 # Never written -------------------------------------------------------------------------------------------------------
 
 

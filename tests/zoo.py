@@ -264,6 +264,42 @@ class SortedByWhatItLearnt(Net):
 
 
 @case(padded)
+class SortedForSomeOutputs(Net):
+    """The first output sees the samples as they come."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 1)
+
+    def forward(self, x):
+        order = lengths_of(x).argsort(descending=True, stable=True)
+        z = self.f(x.sum(1)).tanh()
+        return torch.cat([self.first(z), self.h(self.g(z[order]).tanh())[order.argsort()][:, 1:]], 1)
+
+
+@case(vectors)
+class SortedByFirst(Net):
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.h(self.g(self.f(x).tanh()[order]).tanh())[order.argsort()]
+
+
+@case(vectors)
+class SortedByAMatrix(Net):
+    def forward(self, x):
+        places = F.one_hot(x[:, 0].argsort(), len(x)).to(x)
+        return places.T @ self.h(self.g(places @ self.f(x).tanh()).tanh())
+
+
+@case(vectors)
+class SortedAlongTheSecondAxis(Net):
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        z = self.f(x).tanh().unsqueeze(0).index_select(1, order)
+        return self.h(self.g(z).tanh()).index_select(1, order.argsort()).squeeze(0)
+
+
+@case(padded)
 class PackedLSTM(nn.Module):
     def __init__(self):
         super().__init__()
