@@ -38,6 +38,8 @@ RESHAPING = {
     "Select",
     "Slice",
 }
+# What keeps probabilities away from 0 and 1, before a loss that takes their logarithm.
+NUDGING = {"Add", "Clamp", "ClampMax", "ClampMin", "Maximum", "Minimum", "Mul", "NanToNum", "Sub", "ToCopy"}
 
 
 Record = list[tuple[nn.Module, list[Tensor], list[Tensor]]]  # calls as they end: module, inputs, outputs
@@ -163,9 +165,10 @@ def _last_operation(outputs: Tensor) -> str:
     node = outputs.grad_fn
     while node is not None:
         name = node.name().rstrip("0123456789").removesuffix("Backward")
-        if name not in RESHAPING or not node.next_functions:
+        before = [after for after, _ in node.next_functions if after is not None]
+        if name not in RESHAPING | NUDGING or len(before) != 1:
             return name
-        node = node.next_functions[0][0]
+        node = before[0]
     return ""
 
 

@@ -676,6 +676,32 @@ def test_outputs_that_are_probabilities_are_refused_with_what_to_pass(width: int
     assert ("log" in said) if width == 3 else ("logit" in said)
 
 
+class Nudged(nn.Module):
+    """A sigmoid, away from 0 and 1."""
+
+    def __init__(self, nudge: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.nudge = nudge
+
+    def forward(self, x):
+        return self.nudge(x.sigmoid())
+
+
+@pytest.mark.parametrize(
+    "nudge",
+    [
+        lambda p: p.clamp(1e-6, 1 - 1e-6),
+        lambda p: p.nan_to_num() * 1.0,
+        lambda p: 0.999 * p.clamp_min(1e-6).flatten() + 1e-4,
+        lambda p: torch.maximum(p, torch.tensor(1e-7, dtype=p.dtype)).to(p.dtype),
+    ],
+)
+def test_probabilities_that_are_kept_from_0_and_1_are_refused(
+    nudge: Callable[[Tensor], Tensor], caplog: pytest.LogCaptureFixture
+):
+    assert "probabilities" in told(Ends(1, Nudged(nudge)), caplog, "binary")
+
+
 @pytest.mark.parametrize("last", [nn.LogSoftmax(-1), nn.ReLU(), nn.Identity(), nn.Softplus()])
 def test_outputs_that_may_be_logits_are_not_refused(last: nn.Module, caplog: pytest.LogCaptureFixture):
     assert not told(Ends(3, last), caplog)
