@@ -183,7 +183,12 @@ def inputs_and_targets(batch: Any) -> tuple[Inputs, Tensor]:
         if len(batch) < 2 or not isinstance(batch[1], Tensor):
             raise _not_understood(batch)
         if len(batch) > 2:
-            _tell(f"of {describe(batch)} the first two are taken for inputs and targets; the rest is not used.")
+            doubtful = any(_looks_like(part, batch[1]) for part in batch[2:])
+            advice = " Pass unpack=lambda batch: (batch[0], batch[2]), say, if another part has them." * doubtful
+            _tell(
+                f"of {describe(batch)} the first two are taken for inputs and targets; the rest is not used.{advice}",
+                logging.WARNING if doubtful else logging.INFO,
+            )
         return batch[0], batch[1]
     entries = _entries(batch)
     targets = _names(entries, TARGETS)
@@ -216,9 +221,15 @@ def telling(on: bool = True) -> Iterator[None]:
 _TELLING: ContextVar[bool] = ContextVar("telling", default=False)
 
 
-def _tell(message: str) -> None:
+def _tell(message: str, level: int = logging.INFO) -> None:
     if _TELLING.get():
-        log.info("ELLA: %s", message)
+        log.log(level, "ELLA: %s", message)
+
+
+def _looks_like(part: Any, targets: Tensor) -> bool:
+    """Whether a part of a batch may be its labels just as well: lengths of sequences and labels are (B,) counts."""
+    counts = not targets.is_floating_point() and targets.ndim == 1
+    return counts and isinstance(part, Tensor) and part.shape == targets.shape and part.dtype == targets.dtype
 
 
 def describe(value: Any) -> str:

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from . import trainers
 from .data import Unpack, inputs_and_targets, points_of
@@ -158,12 +159,19 @@ class ELLACallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try data and network on a few points, so that what would fail after training fails before."""
         world = trainers.world_of(trainer)
+        if lazy := [name for name, parameter in pl_module.named_parameters() if is_lazy(parameter)]:
+            log.warning(
+                "ELLA: %s has no shape before the first batch, so nothing is looked at before training: leave "
+                "num_sanity_val_steps at 2, or call the network once in setup().",
+                lazy[0],
+            )
+            return
         self._default_path(trainer)
         with isolate_rng(), trainers.validating(trainer):
             (train, _), (calibration, _) = self._loaders(trainer, world)
         with isolate_rng(), trainers.validating(trainer), world.together("a look before training"), world.quiet():
             network = _copied(pl_module, shared=True) if self._takes_the_best(trainer) else pl_module
-            with self._remembered(pl_module, "network and data were looked at"):
+            with self._remembered(trainer, pl_module, "network and data were looked at"):
                 check(network, train, calibration, self._fitting(trainer, train), **self._functions(trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -176,7 +184,7 @@ class ELLACallback(Callback):
         try:
             with isolate_rng(), trainers.validating(trainer):
                 job = self._prepared(trainer, pl_module)
-                with self._remembered(pl_module, "the posterior was fitted") as memory:
+                with self._remembered(trainer, pl_module, "the posterior was fitted") as memory:
                     fit = self._fit(trainer, job, pl_module.device)
             self._attach(pl_module, job.network, fit.predictor)
             with job.world.together("writing the posterior and its figures"):
@@ -281,8 +289,11 @@ class ELLACallback(Callback):
         unpack = trainers.as_in_training(trainer, self.unpack)
         return {"unpack": unpack, "forward": self.forward, "parameters": self.parameters}
 
-    def _remembered(self, pl_module: LightningModule, while_: str) -> AbstractContextManager[Remembered]:
-        return remembered(pl_module, while_, self.settings.memory_budget)
+    def _remembered(
+        self, trainer: Trainer, pl_module: LightningModule, while_: str
+    ) -> AbstractContextManager[Remembered]:
+        others = {"datamodule": data} if (data := getattr(trainer, "datamodule", None)) is not None else {}
+        return remembered(pl_module, while_, others, self.settings.memory_budget)
 
     def _end(self, pl_module: LightningModule, outcome: Outcome, head: ELLAPredictor | Refusal) -> None:
         self._outcome = self._shared.latest = outcome

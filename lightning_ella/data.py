@@ -237,6 +237,13 @@ class Indexed(Points):
                         "ELLA: these points do not go into one batch in any order (%s): one is loaded at a time.", error
                     )
                     break
+                except Exception as error:
+                    error.add_note(
+                        f"ELLA asked the loader's dataset and collate function for {count} of its points: it needs "
+                        "batches of any of them. Pass train_loader= or calibration_loader= a DataLoader of a Subset of "
+                        "the points that can be loaded."
+                    )
+                    raise
                 with telling(not seen):
                     seen += [(count, unpacked(self.unpack, raw)) for raw in collated]
         one_each = all(len(batch.targets) == count for count, batch in seen)
@@ -373,7 +380,7 @@ class Held(Points):
                 break
         self._prune()
         held, total = sum(map(len, self._chunks)), points
-        name = type(self.loader).__name__
+        name = type(self.loader.loader if isinstance(self.loader, Beginning) else self.loader).__name__
         if whole:
             log.info("ELLA: a %s has no numbered points, so it was read once: %d points, %d held.", name, points, held)
         else:

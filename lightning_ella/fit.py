@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .basis import nystrom_basis, sketch_numbers
 from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, num_samples, rows
 from .curvature import curvature
-from .data import KEEP, Beginning, Points, beginning, draw, points_of, seeded
+from .data import KEEP, LONGEST, Beginning, Points, beginning, draw, points_of, seeded
 from .distributed import World
 from .engine import Linearization
 from .landmarks import LANDMARKS, Landmarks
@@ -33,6 +33,7 @@ from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evide
 from .predictions import Gaussian
 from .predictor import ELLAPredictor, fingerprint, linearize, standard_normal
 from .residual import num_probes, with_probes
+from .samplers import len_of
 from .settings import Settings
 from .stages import Stages
 from .top import TEMPERATURES, sharpness
@@ -273,7 +274,9 @@ def check(
     names = chosen_names(model, parameters)
     with seeded(settings.seed), as_function():
         start, unseen_start = beginning(train_loader), beginning(calibration_loader)
+        started = time.perf_counter()
         train, held_out = _points(start, unseen_start, unpack, settings)
+        reading = (time.perf_counter() - started) / len(train.numbers)  # of a point of a stream
         count = len(train.numbers)
         sized = _sized(settings, count if start is train_loader else MANY)
         if start is not train_loader:  # how many points there are is not known
@@ -282,6 +285,8 @@ def check(
         inputs, _ = look(linearization, train, held_out, sized)
         engine = linearization.cheaper(inputs, sized.rank)
         seconds = _price(linearization, inputs, settings, _total(train, start), _total(held_out, unseen_start))
+        if start is not train_loader:
+            seconds = {"reading": reading * _length(train_loader, settings)} | seconds
     few = sized.limited(num_landmarks=FEW_POINTS, num_curvature=FEW_POINTS, num_calibration=FEW_POINTS, rank=2)
     few = replace(few, engine=engine, residual=min(2, num_probes(settings.residual, settings.rank, reverse=False)))
     with _silenced():
@@ -308,6 +313,13 @@ def _silenced() -> Iterator[None]:
 def _total(points: Points | None, loader: Any) -> int:
     """How many points there are, at most."""
     return 0 if points is None else MOST if isinstance(loader, Beginning) else len(points)
+
+
+def _length(stream: Any, settings: Settings) -> int:
+    """How many points of a training stream are read, at most."""
+    most = LONGEST * _kept(settings)
+    size = getattr(stream, "batch_size", None)
+    return most if size is None or len_of(stream) is None else min(most, len(stream) * size)
 
 
 def _price(
@@ -384,9 +396,13 @@ def _identity(
 
 
 def _points(train: Any, held_out: Any | None, unpack: Unpack, settings: Settings) -> tuple[Points, Points | None]:
-    most = max(settings.num_landmarks or MANY, settings.num_curvature or KEEP)
     unseen = None if held_out is None else points_of(held_out, unpack, settings.num_calibration or KEEP)
-    return points_of(train, unpack, most), unseen
+    return points_of(train, unpack, _kept(settings)), unseen
+
+
+def _kept(settings: Settings) -> int:
+    """How many points of a training stream are held."""
+    return max(settings.num_landmarks or MANY, settings.num_curvature or KEEP)
 
 
 def _basis(

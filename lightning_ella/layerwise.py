@@ -489,15 +489,16 @@ class Layerwise:
         """Whether `.backward()`, which trains, has gradients that `autograd.grad` has not (reentrant checkpoints)."""
         with torch.enable_grad():
             logits = self.network(two)
-        if not logits.requires_grad:
+        weights, v = list(self.network.names), torch.ones_like(logits)
+        with self._without_gradients():
+            if logits.requires_grad:
+                torch.autograd.backward(logits, v, retain_graph=True)
+            trained = [weight.grad for weight in weights]
+        if all(gradient is None for gradient in trained):
             raise ValueError(
                 "the outputs have no gradient in any parameter taken into account: forward= must not run under "
                 "torch.no_grad(), nor detach() or convert its outputs, and parameters= must choose some that they use."
             )
-        weights, v = list(self.network.names), torch.ones_like(logits)
-        with self._without_gradients():
-            torch.autograd.backward(logits, v, retain_graph=True)
-            trained = [weight.grad for weight in weights]
         try:
             seen = torch.autograd.grad(logits, weights, v, allow_unused=True)
         except RuntimeError:

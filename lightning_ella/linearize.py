@@ -113,7 +113,9 @@ class Network:
     ):
         self.view = View(model, names, cast)
         self.model = self.view.root
-        self._forward: Forward = self.view.copied(forward)  # what a closure knows of the network is the view's
+        self._forward: Forward = self.view.copied.following(
+            forward
+        )  # what a closure knows of the network is the view's
         self._settled = False
         self.watch: Callable[[], AbstractContextManager] = nullcontext  # over each evaluation
         self.output_shape: tuple[int, ...] | None = None  # of the last outputs, without B
@@ -216,7 +218,8 @@ class Network:
             error.add_note(
                 f"ELLA called {'module(inputs)' if self._forward is call else 'forward(module, inputs)'} with inputs: "
                 f"{described(inputs)}. If that is not how the network is called, pass forward=lambda module, inputs: "
-                "…, or unpack=lambda batch: (inputs, targets) with what your training_step does to a batch."
+                "…, or unpack=lambda batch: (inputs, targets) with what your training_step does to a batch: "
+                "(batch, targets) if forward() takes the whole of it."
             )
             raise
         finally:
@@ -227,6 +230,8 @@ class Network:
 
 def described(inputs: Inputs) -> str:
     """Kinds and shapes of inputs, in a few words."""
+    if isinstance(inputs, Picked):
+        return described(inputs.whole)
     if isinstance(inputs, Tensor):
         return f"{tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
     if isinstance(inputs, Mapping):
@@ -246,6 +251,11 @@ def check_outputs(outputs: Any, batch_size: int) -> Tensor:
         raise ValueError(
             f"the network must give a tensor of ({batch_size}, …) outputs for {batch_size} inputs, but it gives "
             f"{described(outputs)}: say which part of it, such as forward=lambda model, inputs: {fix}."
+        )
+    if not outputs.is_floating_point():
+        raise ValueError(
+            f"the network gives {described(outputs)}, which have no gradient (the likeliest classes?): pass a forward= "
+            "that gives what they are made of, such as the logits."
         )
     if outputs.ndim == 0 or len(outputs) != batch_size or not outputs.numel():
         raise ValueError(

@@ -1,10 +1,7 @@
 """Which points of a dataset a DataLoader visits, without a change to what it gives next."""
 
-import random
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,11 +18,12 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from .state import State
+
 SLACK = 1000  # indices that a sampler of a tiny dataset may repeat before it counts as one without end
 REPEATS = 100  # passes over the dataset that a sampler may announce by its length
 LARGEST = 10**7  # points of a dataset that does not say how many it has
 BLOCK = 256  # of what a sampler gives are taken at a time
-SEARCHED = 2000  # objects that are looked through for generators
 
 
 class Visited(NamedTuple):
@@ -54,19 +52,19 @@ def visited(loader: DataLoader) -> Visited:
 
 @contextmanager
 def undisturbed(loader: Any) -> Iterator[None]:
-    """Put back what iterating changes in a loader, its samplers and its dataset.
+    """Put back what iterating changes in a loader, its samplers, its collate function and its dataset: see `State`.
 
-    These are the states of random number generators, and in loaders and samplers all attributes and what is in their
-    lists and arrays; in a dataset numbers such as that of the epoch, but nothing that it may have loaded.
+    What the dataset has loaded meanwhile stays. Workers that persist, and may be in the middle of an epoch, are left
+    alone.
     """
-    saved = [_state_of(generator) for generator in _generators(loader)]
-    for thing, is_data in _parts(loader):
-        saved += [_numbers_of(thing)] if is_data else [_attributes_of(thing), *_contents_of(thing)]
+    state = State(loader)
+    for found in state.found:
+        if isinstance(found, DataLoader):
+            vars(found).update(persistent_workers=False, _iterator=None)
     try:
         yield
     finally:
-        for put_back in saved:
-            put_back()
+        state.put_back()
 
 
 def _keys(sampler: Any, dataset: Any, *, batched: bool) -> tuple[Sequence[Any], bool]:
@@ -139,99 +137,3 @@ def len_of(thing: Any) -> int | None:
         return len(thing)
     except (TypeError, ValueError, NotImplementedError):
         return None
-
-
-def _parts(loader: Any) -> Iterator[tuple[Any, bool]]:
-    """The loader, samplers and datasets in it, and whether each is a dataset."""
-    seen: set[int] = set()
-    waiting = [(loader, False)]
-    while waiting:
-        thing, is_data = waiting.pop()
-        if id(thing) in seen or not hasattr(thing, "__dict__"):
-            continue
-        seen.add(id(thing))
-        yield thing, is_data
-        for name, part in vars(thing).items():
-            if name in ("sampler", "batch_sampler", "_sampler", "loader"):
-                waiting.append((part, is_data))
-            elif name in ("dataset", "data_source"):
-                waiting.append((part, True))
-
-
-PutBack = Callable[[], Any]
-
-
-def _attributes_of(thing: Any) -> PutBack:
-    before = dict(vars(thing))
-
-    def put_back() -> None:
-        vars(thing).clear()
-        vars(thing).update(before)
-
-    return put_back
-
-
-def _numbers_of(thing: Any) -> PutBack:
-    before = {name: value for name, value in vars(thing).items() if type(value) in (int, float, str)}
-
-    def put_back() -> None:
-        now = vars(thing)
-        now.update({name: value for name, value in before.items() if type(now.get(name)) is type(value)})
-
-    return put_back
-
-
-def _contents_of(thing: Any) -> Iterator[PutBack]:
-    for name, value in vars(thing).items():
-        if name in ("dataset", "data_source"):
-            continue
-        if isinstance(value, (list, deque)):
-            yield _refilled(value, list(value), value.extend)
-        elif isinstance(value, (dict, set)):
-            yield _refilled(value, value.copy(), value.update)
-        elif isinstance(value, np.ndarray) and value.dtype.kind in "iu":  # an order, not the data themselves
-            yield partial(np.copyto, value, value.copy())
-        elif isinstance(value, Tensor) and not value.is_floating_point():
-            yield partial(value.copy_, value.clone())
-
-
-def _refilled(container: Any, before: Any, fill: Callable[[Any], None]) -> PutBack:
-    def put_back() -> None:
-        container.clear()
-        fill(before)
-
-    return put_back
-
-
-def _state_of(generator: Any) -> PutBack:
-    if isinstance(generator, torch.Generator):
-        state = generator.get_state()
-        return lambda: generator.set_state(state)
-    if isinstance(generator, np.random.Generator):
-        numbers = generator.bit_generator.state
-        return lambda: setattr(generator.bit_generator, "state", numbers)
-    if isinstance(generator, np.random.RandomState):
-        legacy = generator.get_state()
-        return lambda: generator.set_state(legacy)
-    own = generator.getstate()
-    return lambda: generator.setstate(own)
-
-
-def _generators(thing: Any) -> Iterator[Any]:
-    """The random number generators in an object, at any depth: those of samplers, of datasets and their transforms."""
-    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    seen: set[int] = set()
-    waiting = deque([thing])
-    while waiting and len(seen) < SEARCHED:
-        part = waiting.popleft()
-        if id(part) in seen or isinstance(part, (Tensor, np.ndarray, str, bytes, type)):
-            continue
-        seen.add(id(part))
-        if isinstance(part, kinds):
-            yield part
-        elif isinstance(part, dict):
-            waiting.extend(part.values() if len(part) <= SLACK else ())
-        elif isinstance(part, (list, tuple)):
-            waiting.extend(part if len(part) <= SLACK else ())
-        else:
-            waiting.extend(getattr(part, "__dict__", {}).values())

@@ -3,9 +3,10 @@
 import hashlib
 import logging
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .memory import free_memory
+from .state import FOREIGN, LIBRARIES, State
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +22,7 @@ PLAIN = (bool, int, float, complex, str, bytes, torch.device, torch.dtype, torch
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)  # of parameters, hooks, …: compared entry by entry
 AS_BEFORE = "is as it would be without ELLA"
 REGISTERED = ("_parameters", "_buffers", "_modules")  # containers whose entries are attributes
+OWN = frozenset(vars(nn.Module()))  # tables of every module
 NAMED = 5  # of the places that differ
 
 
@@ -28,14 +31,17 @@ class Remembered:
 
     Args:
         module: what to remember.
+        others: objects of the user's, by name, of which to remember what is in `State`: a datamodule.
         budget: bytes of copies that the tensors are put back from, the small ones first; None takes a quarter of the
             free memory. Of the others a digest is kept: a change is noticed, but cannot be mended.
     """
 
-    def __init__(self, module: nn.Module, budget: int | None = None):
+    def __init__(self, module: nn.Module, others: Mapping[str, Any] = MappingProxyType({}), budget: int | None = None):
         self.changed: list[str] = []  # what was put back
         self.lost: list[str] = []  # what could not be
-        self._places = [_Place(name, part) for name, part in module.named_modules()]
+        packages = {type(part).__module__.partition(".")[0] for part in module.modules()} - LIBRARIES
+        self._places = [_Place(name, part, packages) for name, part in module.named_modules()]
+        self._states = {name: State(other) for name, other in others.items()}
         left = free_memory(torch.device("cpu")) // 4 if budget is None else budget
         self._tensors = []
         for size, name, tensor in sorted(self._found(), key=lambda found: found[0]):
@@ -49,6 +55,7 @@ class Remembered:
                 self.changed += part.put_back()
             except _LostError as error:
                 self.lost.append(str(error))
+        self.changed += [name for name, state in self._states.items() if state.put_back()]
 
     @property
     def verdict(self) -> str:
@@ -70,23 +77,26 @@ class Remembered:
 
 
 @contextmanager
-def remembered(module: nn.Module, while_: str, budget: int | None = None) -> Iterator[Remembered]:
+def remembered(
+    module: nn.Module, while_: str, others: Mapping[str, Any] = MappingProxyType({}), budget: int | None = None
+) -> Iterator[Remembered]:
     """Leave `module` as it is found, after an error, too; say what was put back.
 
     Args:
         module: the user's.
         while_: what is being done, for the log: "the posterior was fitted".
+        others: see `Remembered`.
         budget: see `Remembered`.
     """
-    memory = Remembered(module, budget)
+    memory = Remembered(module, others, budget)
     try:
         yield memory
     finally:
         memory.put_back()
         if memory.changed or memory.lost:
             log.warning(
-                "ELLA: while %s, something (forward=, unpack= or the network itself) wrote to the network's %s%s; the "
-                "network %s.",
+                "ELLA: while %s, something (forward=, unpack=, a hook, the network) wrote to the network's %s%s; "
+                "the network %s.",
                 *(while_, _some([*memory.changed, *memory.lost]), "" if memory.lost else ", which has been put back"),
                 memory.verdict,
             )
@@ -99,9 +109,11 @@ class _LostError(Exception):
 class _Place:
     """The attributes of one submodule."""
 
-    def __init__(self, name: str, module: nn.Module):
+    def __init__(self, name: str, module: nn.Module, packages: Collection[str]):
         self.name, self.module, self.kind = name, module, type(module)
         self.attributes = dict(vars(module))
+        own = {key: value for key, value in self.attributes.items() if key not in OWN and not isinstance(value, Tensor)}
+        self.states = {key: State(*_within(value), packages=packages) for key, value in own.items()}
         self.containers = {key: _entries(v) for key, v in self.attributes.items() if type(v) in CONTAINERS}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -129,10 +141,18 @@ class _Place:
             changed += _differing(now, before)
             vars(self.module).clear()
             vars(self.module).update(self.attributes)
+        changed += [name for name, state in self.states.items() if state.put_back() and name not in changed]
         return [self._called(key) for key in changed]
 
     def _called(self, attribute: Any) -> str:
         return f"{self.name}.{attribute}" if self.name else str(attribute)
+
+
+def _within(value: Any) -> list[Any]:
+    """What is in a container that is compared entry by entry, or a value itself; no tensors, modules and trainers."""
+    entries = [entry for _, entry in _entries(value)] if type(value) in CONTAINERS else [value]
+    own = [entry for entry in entries if type(entry).__module__.partition(".")[0] not in FOREIGN]
+    return [entry for entry in own if not isinstance(entry, (Tensor, nn.Module))]
 
 
 class _Content:

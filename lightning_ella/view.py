@@ -5,16 +5,20 @@ user's module is only read, so that other threads may call it, move it and train
 """
 
 import copy
+import enum
 import functools
+import itertools
+import random
 import sys
 import threading
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
@@ -27,6 +31,11 @@ Cast = Callable[[str, Tensor], Tensor]  # name of a parameter or buffer ("" for 
 Table = dict[str, Any]
 
 CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)  # that are copied, so that appending reaches no user
+WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary)
+RANDOM = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+STATES = (*CONTAINERS, *WEAK, *RANDOM, np.ndarray, bytearray, itertools.count, functools._lru_cache_wrapper)
+LARGE = 2**26  # bytes of an array that is shared, and may not be written to
+OWN = frozenset(vars(nn.Module()))  # tables of every module
 FOREIGN = {"lightning", "pytorch_lightning", "lightning_fabric"}  # trainers and loggers, which know the whole program
 UNSEEN = ("_backward_hooks", "_backward_pre_hooks")  # change no outputs, and might keep gradients for their owner
 SILENT = ("log", "log_dict")  # a LightningModule may log in `forward`; what ELLA asks is nobody's metric
@@ -68,6 +77,8 @@ class View:
         self.written: frozenset[str] = frozenset()  # names of what a forward pass writes to
         self.counted: frozenset[str] = frozenset()  # and of what it changes: no weights
         self._counters: list[tuple[Tensor, Tensor]] = []
+        own = {id(held[name]) for held in self._attributes.values() for name in OWN & held.keys()}
+        self._states = [(made, _contents(made)) for made in self.copied.states if id(made) not in own]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -109,6 +120,8 @@ class View:
             if len(table) != len(held) or not all(map(_is_same, table.values(), held.values())):
                 table.clear()
                 table.update(held)
+        for made, contents in self._states:
+            _refill(made, contents)
         for value, before in self._counters:
             value.data.copy_(before)
 
@@ -167,6 +180,33 @@ def _is_same(one: Any, other: Any) -> bool:
     return one is other
 
 
+def _contents(made: Any) -> Any:
+    """What is in a container, an array or an object now."""
+    if isinstance(made, (np.ndarray, bytearray, set)):
+        return made.copy()
+    return dict(_table(made)) if isinstance(_table(made), dict) else list(made)
+
+
+def _table(made: Any) -> Any:
+    """What holds the contents: of an object, its attributes."""
+    return made if isinstance(made, CONTAINERS) else vars(made)
+
+
+def _refill(made: Any, contents: Any) -> None:
+    """Put back what was in it."""
+    if isinstance(made, np.ndarray):
+        np.copyto(made, contents)
+    elif isinstance(made, bytearray):
+        made[:] = contents
+    elif len(table := _table(made)) != len(contents) or not all(map(_is_same, *map(_values, (table, contents)))):
+        table.clear()
+        (table.update if isinstance(table, (dict, set)) else table.extend)(contents)
+
+
+def _values(table: Any) -> Any:
+    return table.values() if isinstance(table, dict) else table
+
+
 def _storage(tensor: Tensor) -> int:
     """Where its numbers are; 0 for tensors without."""
     try:
@@ -194,9 +234,10 @@ class _Copier:
         named = [*model.named_buffers(), *model.named_parameters()]
         self.originals: dict[int, tuple[str, Tensor]] = {id(value): (name, value) for name, value in named}
         self.aliases: list[Tensor] = []
+        self.states: list[Any] = []  # copies of what a forward pass may leave something in
         self._modules = {id(module) for module in model.modules()}
+        self._packages = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch"} - FOREIGN
         self._made: dict[int, Any] = {}  # by the original's id
-        self._reaching: dict[int, bool] = {}
         self._kept: list[Any] = []  # ids are not used again meanwhile
 
     def __call__(self, value: Any) -> Any:
@@ -211,7 +252,11 @@ class _Copier:
             return self._module(value)
         if type(value) in CONTAINERS:
             return self._container(value)
-        return self._other(value) if self._reaches(value) else value
+        return self._other(value) if self._reaches(value) or self._keeps(value) else value
+
+    def following(self, function: Any) -> Any:
+        """A copy of a function of the user's for ELLA if it knows something of the network; else it may do anything."""
+        return self(function) if self._reaches(function) else function
 
     def shares(self, alias: Tensor) -> bool:
         """Whether a tensor of the view has the user's storage."""
@@ -255,12 +300,13 @@ class _Copier:
             found |= {"sparse": False, "scale_grad_by_freq": False}
         found |= {name: _say_nothing for name in SILENT if hasattr(module, "_trainer") and hasattr(module, name)}
         vars(made).update(found)
-        for base in type(module).__mro__:
-            slots = vars(base).get("__slots__", ())
-            for slot in (slots,) if isinstance(slots, str) else slots:
-                if slot not in ("__dict__", "__weakref__") and hasattr(module, slot):
-                    object.__setattr__(made, slot, self(getattr(module, slot)))
+        self._fill_slots(made, module)
         return made
+
+    def _fill_slots(self, made: Any, value: Any) -> None:
+        for slot, held in _slots(value).items():
+            with suppress(AttributeError):  # of a kind that is not written in Python
+                object.__setattr__(made, slot, self(held))
 
     def _scripted(self, module: torch.jit.ScriptModule) -> Any:
         """A script cannot be taken apart: it is copied with its tensors."""
@@ -277,9 +323,11 @@ class _Copier:
         return made
 
     def _container(self, value: Any) -> Any:
-        made = self._done(value, copy.copy(value))
+        made = self._state(value, copy.copy(value))
         if isinstance(value, Mapping):
-            made.update({key: self(item) for key, item in value.items()})
+            made.clear()
+            for key, item in value.items():
+                made[self._key(key)] = self(item)
         elif isinstance(value, set):
             made.clear()
             made.update(self(item) for item in value)
@@ -288,14 +336,30 @@ class _Copier:
                 made[place] = self(item)
         return made
 
+    def _key(self, key: Any) -> Any:
+        return self(key) if isinstance(key, (nn.Module, Tensor)) else key
+
+    def _state(self, value: Any, made: Any) -> Any:
+        """A copy of what a forward pass may leave something in."""
+        self.states.append(made)
+        return self._done(value, made)
+
     def _other(self, value: Any) -> Any:
-        """A copy of something that holds a module or tensor of the network somewhere."""
+        """A copy of something that holds a module or tensor of the network, or a state of the user's, somewhere."""
         if isinstance(value, types.MethodType):
             return self._done(value, types.MethodType(self(value.__func__), self(value.__self__)))
         if isinstance(value, types.FunctionType):
             return self._function(value)
+        if isinstance(value, (staticmethod, classmethod)):
+            return self._done(value, type(value)(self(value.__func__)))
+        if isinstance(value, functools._lru_cache_wrapper):
+            return self._done(value, functools.lru_cache(**value.cache_parameters())(self(value.__wrapped__)))
         if isinstance(value, weakref.ref):
-            return self._done(value, type(value)(self(value())))
+            return self._done(value, weakref.ref(self(value())))
+        if isinstance(value, WEAK):
+            return self._done(value, type(value)({self._key(key): self(item) for key, item in value.items()}))
+        if isinstance(value, types.MappingProxyType):
+            return self._done(value, types.MappingProxyType(self(dict(value))))
         if isinstance(value, tuple):
             items = [self(item) for item in value]
             return self._done(value, type(value)(*items) if hasattr(value, "_fields") else type(value)(items))
@@ -305,7 +369,26 @@ class _Copier:
             made = type(value)(self(value.func), *self(value.args), **self(value.keywords))
             vars(made).update(self(vars(value)))
             return self._done(value, made)
-        made = self._done(value, copy.copy(value))  # an object of the user's
+        if isinstance(value, np.ndarray):
+            return self._array(value)
+        return self._object(value)
+
+    def _array(self, value: np.ndarray) -> np.ndarray:
+        if value.nbytes <= LARGE and not value.dtype.hasobject:
+            return self._state(value, value.copy())
+        made = self._done(value, value.view())
+        made.flags.writeable = False
+        return made
+
+    def _object(self, value: Any) -> Any:
+        """A copy of an object, made from its attributes whatever it says of copies: a singleton would be shared."""
+        try:
+            made = object.__new__(type(value))
+        except TypeError:  # of a kind that is not written in Python
+            made = self._copy(value)
+        self._done(value, made)
+        if made is value:
+            return made
         if isinstance(value, dict):
             for key, item in value.items():
                 dict.__setitem__(made, key, self(item))
@@ -314,6 +397,24 @@ class _Copier:
                 list.__setitem__(made, place, self(item))
         if hasattr(value, "__dict__"):
             vars(made).update({name: self(item) for name, item in vars(value).items()})
+            self.states.append(made)
+        elif isinstance(value, bytearray):
+            self.states.append(made)
+        self._fill_slots(made, value)
+        return made
+
+    def _copy(self, value: Any) -> Any:
+        try:
+            made = copy.deepcopy(value) if isinstance(value, RANDOM[1:]) else _copied(value)
+            trouble = "its copy is itself"
+        except Exception as error:
+            made, trouble = value, str(error)
+        if made is value and self._reaches(value):
+            kind = type(value).__qualname__
+            raise ValueError(
+                f"the network holds modules or tensors in a {kind}, which cannot be copied ({trouble}), and ELLA works "
+                "on a copy: keep them in attributes, lists or dicts of its modules."
+            )
         return made
 
     def _function(self, function: types.FunctionType) -> Any:
@@ -334,20 +435,79 @@ class _Copier:
 
     def _reaches(self, value: Any) -> bool:
         """Whether something holds a module or tensor of the network, at any depth that belongs to the user."""
+        return self._any(value, lambda item: id(item) in self._modules or id(item) in self.originals, _parts)
+
+    def _keeps(self, value: Any) -> bool:
+        """Whether something of the user's holds what a forward pass may change."""
+        return self._any(value, lambda item: isinstance(item, STATES) or self._is_users(item), self._parts_of_users)
+
+    @staticmethod
+    def _any(value: Any, holds: Callable[[Any], bool], parts: Callable[[Any], list[Any]]) -> bool:
         seen: set[int] = set()
         stack = [value]
         while stack:
             item = stack.pop()
-            if id(item) in self._modules or id(item) in self.originals:
-                return True
-            if id(item) in seen or isinstance(item, (*_ATOMS, nn.Module, Tensor)):
+            if isinstance(item, _ATOMS):
                 continue
-            seen.add(id(item))
-            stack += _parts(item)
+            if holds(item):
+                return True
+            if id(item) not in seen and not isinstance(item, (nn.Module, Tensor)):
+                seen.add(id(item))
+                stack += parts(item)
         return False
 
+    def _parts_of_users(self, item: Any) -> list[Any]:
+        """What a function, method or tuple holds that is not of a library."""
+        if isinstance(item, types.FunctionType) and (item.__module__ or "").partition(".")[0] not in self._packages:
+            return []
+        return (
+            _parts(item) if isinstance(item, (types.FunctionType, types.MethodType, functools.partial, tuple)) else []
+        )
 
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.dtype, torch.device)
+    def _is_users(self, item: Any) -> bool:
+        """Whether it is an object with attributes, of a class from where the network's modules are from."""
+        kind = type(item)
+        known = kind is types.SimpleNamespace or kind.__module__.partition(".")[0] in self._packages
+        return known and bool(_attributes(item)) and not callable(getattr(kind, "__del__", None))
+
+
+_ATOMS = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type,
+    types.ModuleType,
+    torch.dtype,
+    torch.device,
+    enum.Enum,
+)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        made = torch.Generator(value.device)
+        made.set_state(value.get_state())
+        return made
+    return copy.copy(value)
+
+
+def _slots(value: Any) -> Table:
+    """Attributes that are in slots, by name."""
+    found = {}
+    for base in type(value).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if slot not in ("__dict__", "__weakref__") and hasattr(value, slot):
+                found[slot] = getattr(value, slot)
+    return found
+
+
+def _attributes(value: Any) -> Table:
+    return getattr(value, "__dict__", {}) | _slots(value)
 
 
 def _content(cell: types.CellType) -> Any:
@@ -368,16 +528,18 @@ def _parts(item: Any) -> list[Any]:
         modules = [value for value in named if isinstance(value, nn.Module)]
         defaults = [*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
         return [*held, *modules, *defaults, *vars(item).values()]
+    if isinstance(item, (staticmethod, classmethod)):
+        return [item.__func__]
     if isinstance(item, weakref.ref):
         return [item()]
     if isinstance(item, functools.partial):
         return [item.func, *item.args, *item.keywords.values(), *vars(item).values()]
     if isinstance(item, Mapping):
-        return [*item.values(), *getattr(item, "__dict__", {}).values()]
+        return [*item.values(), *item, *_attributes(item).values()]
     if isinstance(item, (list, tuple, set, frozenset, deque)):
-        return [*item, *getattr(item, "__dict__", {}).values()]
+        return [*item, *_attributes(item).values()]
     foreign = any(base.__module__.split(".")[0] in FOREIGN for base in type(item).__mro__)
-    return [] if foreign else list(getattr(item, "__dict__", {}).values())
+    return [] if foreign else list(_attributes(item).values())
 
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None:

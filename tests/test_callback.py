@@ -847,7 +847,7 @@ def test_what_is_written_to_the_network_on_the_way_is_put_back(
     with caplog.at_level(logging.WARNING, "lightning_ella"):
         train(*faults, ELLACallback(**SMALL, unpack=Meddling(module, when)))
     during = "network and data were looked at" if when == "before" else "the posterior was fitted"
-    assert f"while {during}, something (forward=, unpack= or the network itself) wrote to the network's" in caplog.text
+    assert f"while {during}, something (forward=, unpack=, a hook, the network) wrote to the network's" in caplog.text
     assert "which has been put back; the network is as it would be without ELLA" in caplog.text
     torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=0, atol=0)
     assert [m.training for m in module.modules()] == [m.training for m in plain.modules()]

@@ -8,15 +8,18 @@ import contextlib
 import functools
 import io
 import itertools
+import random
 import threading
+import types
 import warnings
 import weakref
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import timm
 import torch
 import torchmetrics
@@ -226,6 +229,90 @@ def head(*layers: nn.Module, width: int, flatten: bool = True) -> nn.Sequential:
 
 case(vectors)(Net)
 case(images)(ConvNet)
+
+# States and layers in other things than modules and lists ------------------------------------------------------------
+
+
+class Registry:
+    """Its copies are itself."""
+
+    def __copy__(self):
+        return self
+
+
+@case(vectors)
+class LayerInARegistry(Net):
+    def __init__(self):
+        super().__init__()
+        self.one = Registry()
+        self.one.body = self.g
+
+    def forward(self, x):
+        return self.h(self.one.body(self.f(x).tanh()).tanh())
+
+
+@dataclass(slots=True)
+class Branch:
+    layer: nn.Module
+    calls: int = 0
+
+
+@case(vectors)
+class LayersInSlotsProxiesAndWeakTables(Net):
+    def __init__(self):
+        super().__init__()
+        self.branch, self.proxy = [Branch(self.f)], types.MappingProxyType({"g": self.g})
+        self.weak, self.scales = weakref.WeakValueDictionary({"h": self.h}), weakref.WeakKeyDictionary({self.g: 2.0})
+
+    def forward(self, x):
+        self.branch[0].calls += 1
+        return self.weak["h"](self.scales[self.g] * self.proxy["g"](self.branch[0].layer(x).tanh()).tanh())
+
+
+@case(vectors)
+class FeaturesByTheNamesOfModules(Net):
+    def __init__(self):
+        super().__init__()
+        self.named, self.found = {child: name for name, child in self.named_children()}, {}
+        for child in self.named:
+            child.register_forward_hook(lambda child, args, out: self.found.update({self.named[child]: out}))
+
+    def forward(self, x):
+        super().forward(x)
+        return self.h(self.found["f"].tanh() * self.found["g"])
+
+
+class Meter:
+    def __init__(self):
+        self.count, self.seen = 0, []
+
+
+@case(vectors)
+class CountsInManyWays(Net):
+    """What it counts does not change what it says."""
+
+    def __init__(self):
+        super().__init__()
+        self.counter, self.array, self.bytes = Counter(), np.zeros(2), bytearray(4)
+        self.meters, self.number, self.simple = (Meter(), [Meter()]), itertools.count(), types.SimpleNamespace(n=0)
+        self.drawn, self.random = torch.Generator(), random.Random(0)
+        self.power = functools.lru_cache(self.power)
+
+    def power(self, exponent):
+        return 1.0 / (1 + exponent)
+
+    def forward(self, x):
+        self.counter["samples"] += len(x)
+        self.array += 1
+        self.bytes[0] = (self.bytes[0] + 1) % 256
+        for meter in (self.meters[0], *self.meters[1]):
+            meter.count += 1
+            meter.seen.append(x)
+        self.simple.n += next(self.number)
+        torch.rand(1, generator=self.drawn)
+        self.random.random()
+        return super().forward(x * self.power(2))
+
 
 # Samples sorted, and put back ----------------------------------------------------------------------------------------
 
