@@ -24,6 +24,14 @@ if "CI" in os.environ:
 torch.set_num_threads(1)  # the networks are tiny: threads would only wait for each other
 
 
+LONG = ("test_commands", "test_recipes", "test_experiments", "test_zoo", "test_several_processes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 class TinyViT(nn.Module):
     """4 x 4 patches, one attention block, a class token: every kind of parameter that a ViT has."""
 

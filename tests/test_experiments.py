@@ -22,6 +22,7 @@ def test_every_experiment_composes_and_runs(
 
     overrides = [f"experiment={experiment}", "trainer.fast_dev_run=true", "logger=none", f"hydra.run.dir={tmp_path}"]
     overrides += ["hydra.runtime.output_dir=" + str(tmp_path), "trainer.enable_progress_bar=false"]
+    overrides += ["ella.rank=2", "ella.residual=2"]
     if not experiment.startswith("digit"):
         overrides += [f"data.root={stand_ins}", "data.holdout=5", "data.batch_size=4", "data.num_workers=0"]
     if experiment.startswith("imagenet"):
