@@ -1,6 +1,5 @@
 """What a user's objects know (counts, buffers, orders, random states), remembered so that it can be put back."""
 
-import functools
 import io
 import pickle
 import random
@@ -9,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,12 +59,13 @@ class State:
             part = waiting.popleft()
             if id(part.thing) not in seen and not isinstance(part.thing, ATOMS):
                 seen[id(part.thing)] = part.thing
-                waiting.extend(self._look(part))
+                with suppress(Exception):  # of whatever kind it is: nothing of it is used
+                    waiting.extend(self._look(part))
         self.found = list(seen.values())
 
     def put_back(self) -> bool:
         """Make everything what it was; return whether anything was not."""
-        return sum(memory() for memory in self._memories) > 0
+        return sum(map(_quietly, self._memories)) > 0
 
     def _look(self, part: Part) -> Iterator[Part]:
         """Remember something, and give what it holds."""
@@ -85,7 +86,7 @@ class State:
             yield from map(Part, thing if len(thing) <= LOOKED_INTO else ())
         elif isinstance(thing, types.MethodType):
             yield from (Part(thing.__self__, part.own), Part(thing.__func__))
-        elif isinstance(thing, functools.partial):
+        elif isinstance(thing, partial):
             yield from map(Part, (thing.func, *thing.args, *thing.keywords.values()))
         elif isinstance(thing, types.FunctionType):
             yield from self._look_at_function(thing)
@@ -118,10 +119,18 @@ class State:
             yield Part(value, name in CHAIN, part.loaded or name in DATA)
 
     def _remember_numbers(self, values: Any) -> None:
-        if values.nbytes <= min(LARGEST, self._left):
-            with suppress(TypeError, ValueError, RuntimeError):  # of a kind that is no plain array: objects, sparse
+        fixed = isinstance(values, np.ndarray) and (values.dtype.hasobject or not values.flags.writeable)
+        if not fixed and values.nbytes <= min(LARGEST, self._left):
+            with suppress(RuntimeError):  # of a kind that has no plain numbers
                 self._memories.append(_numbers(values))
                 self._left -= values.nbytes
+
+
+def _quietly(memory: Callable[[], bool]) -> bool:
+    try:
+        return memory()
+    except Exception:  # it cannot be written to any more
+        return True
 
 
 def _attributes(thing: Any, *, loaded: bool) -> Callable[[], bool]:
@@ -164,20 +173,24 @@ def _same(some: Any, others: Any) -> bool:
 
 
 def _numbers(values: Any) -> Callable[[], bool]:
-    array = torch.from_numpy(values) if isinstance(values, np.ndarray) else values.detach()
-    before = array.clone()
+    if isinstance(values, np.ndarray):
+        before, as_bytes, write = values.copy(), np.ndarray.tobytes, partial(np.copyto, values)
+    else:
+        values = values.detach()
+        before, as_bytes, write = values.clone(), _bytes, values.copy_
+    remembered = as_bytes(before)
 
     def put_back() -> bool:
-        if _bytes(array).equal(_bytes(before)):
+        if as_bytes(values) == remembered:
             return False
-        array.copy_(before)
+        write(before)
         return True
 
     return put_back
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _held(cell: types.CellType, before: Any) -> Callable[[], bool]:
