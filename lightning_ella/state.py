@@ -173,6 +173,7 @@ def _same(some: Any, others: Any) -> bool:
 
 
 def _numbers(values: Any) -> Callable[[], bool]:
+    as_bytes: Callable[[Any], bytes]
     if isinstance(values, np.ndarray):
         before, as_bytes, write = values.copy(), np.ndarray.tobytes, partial(np.copyto, values)
     else:
