@@ -173,18 +173,16 @@ def _same(some: Any, others: Any) -> bool:
 
 
 def _numbers(values: Any) -> Callable[[], bool]:
-    as_bytes: Callable[[Any], bytes]
-    if isinstance(values, np.ndarray):
-        before, as_bytes, write = values.copy(), np.ndarray.tobytes, partial(np.copyto, values)
-    else:
-        values = values.detach()
-        before, as_bytes, write = values.clone(), _bytes, values.copy_
+    is_array = isinstance(values, np.ndarray)
+    now: Any = values if is_array else values.detach()
+    before: Any = now.copy() if is_array else now.clone()
+    as_bytes: Callable[[Any], bytes] = np.ndarray.tobytes if is_array else _bytes
     remembered = as_bytes(before)
 
     def put_back() -> bool:
-        if as_bytes(values) == remembered:
+        if as_bytes(now) == remembered:
             return False
-        write(before)
+        now[...] = before
         return True
 
     return put_back
