@@ -270,7 +270,7 @@ class ELLACallback(Callback):
         try:
             with job.world.together("moving the network"):
                 job.network.to(trainer.strategy.root_device)
-            return run(
+            fit = run(
                 job.network,
                 job.train,
                 job.calibration,
@@ -283,6 +283,9 @@ class ELLACallback(Callback):
             )
         finally:
             job.network.to(home)
+        if home != trainer.strategy.root_device:
+            fit.predictor.to(home)
+        return fit
 
     def _functions(self, trainer: Trainer) -> dict[str, Any]:
         """What the user's functions say about batches and network."""

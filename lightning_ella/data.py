@@ -456,8 +456,9 @@ def draw(count: int | None, among: int | Sequence[int], generator: torch.Generat
 def seeded(seed: int) -> Iterator[None]:
     """Run with the random number generators of torch, NumPy and Python at `seed`, and put them back."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        # Where CUDA has not begun, it must not begin here, nor get a seed for when it does.
+        (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
         try:
@@ -550,7 +551,7 @@ def _known_targets(dataset: Any) -> Tensor | None:
     targets = getattr(dataset, "targets", None)
     if isinstance(targets, (list, tuple, np.ndarray, Tensor)) and len(targets) == len_of(dataset):
         try:
-            labels = torch.as_tensor(targets)
+            labels = torch.as_tensor(targets).cpu()
         except (TypeError, ValueError):  # names of classes
             return None
         return labels if labels.ndim == 1 else None

@@ -23,6 +23,7 @@ from .forward_mode import ForwardMode, Reduce
 from .layerwise import MAX_COTANGENTS, Cotangents, Layerwise
 from .linearize import Basis, Forward, Network, channel_axis, check_finite, hooked, version
 from .memory import free_memory, keeping_pages
+from .numerics import BROKEN
 from .top import Selection
 from .view import Cast
 
@@ -226,7 +227,7 @@ class Linearization:
 
         try:
             return self._folded_way(chunk, basis, features)
-        except torch.OutOfMemoryError:
+        except BROKEN:
             raise
         except Exception as error:
             if engine is self.layerwise:
@@ -305,7 +306,7 @@ class Linearization:
         tangents = {name: part[:2] for name, part in basis.items()}
         try:
             logits, features = forward.features(few, tangents)
-        except torch.OutOfMemoryError:
+        except BROKEN:
             raise
         except Exception as error:
             return _first_line(error)

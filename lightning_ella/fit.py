@@ -28,6 +28,7 @@ from .likelihoods import LIKELIHOODS, Likelihood
 from .linearize import Basis, Forward, Parameters, as_function, chosen_names
 from .look import POINTS, look
 from .memory import free_memory, give_back
+from .numerics import exact
 from .observations import Observations, checked, observations, weights_of
 from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
 from .predictions import Gaussian
@@ -422,16 +423,18 @@ def _basis(
                 yield from linearization.gradients(inputs, outputs[done - size : done])
 
     parameters = linearization.parameters
-    vectors, eigenvalues = nystrom_basis(
-        gradients,
-        parameters,
-        len(landmarks.numbers),
-        settings.rank,
-        # What is free has been divided by the processes; a budget that is given decides as it would for one process.
-        memory_budget=linearization.memory_budget // 2 * (1 if settings.memory_budget else world.size),
-        seed=settings.seed,
-        world=world,
-    )
+    # What is free has been divided by the processes; a budget that is given decides as it would for one process.
+    budget = linearization.memory_budget // 2 * (1 if settings.memory_budget else world.size)
+    with exact():
+        vectors, eigenvalues = nystrom_basis(
+            gradients,
+            parameters,
+            len(landmarks.numbers),
+            settings.rank,
+            memory_budget=budget,
+            seed=settings.seed,
+            world=world,
+        )
     basis = {}
     for name, parameter in parameters.items():
         part = vectors.pop(name).reshape(-1, *parameter.shape)
@@ -585,8 +588,8 @@ def _figures(
     """Metrics of each, by name: map/nll, ella/nll, and so on."""
     found = {}
     for name, values in summaries.items():
-        metrics = likelihood.metrics(num_outputs, sync_on_compute=False).to(targets.device)
-        metrics.update(values, targets)
+        metrics = likelihood.metrics(num_outputs, sync_on_compute=False)  # on the CPU, whatever is repeatable elsewhere
+        metrics.update(values.cpu(), targets.cpu())
         found |= {f"{name}/{metric}": float(value) for metric, value in metrics.compute().items()}
     return found
 

@@ -26,6 +26,7 @@ from .data import Inputs
 from .folding import UNFOLDED, Folding, StaleError
 from .forward_mode import Reduce
 from .linearize import Basis, Network, hooked, version
+from .numerics import BROKEN, exact
 from .rules import Rows, Rule, by_vjp, rule_of, with_shift
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class Layerwise:
     def by_rule(self, inputs: Inputs) -> Collection[str]:
         """Names of the parameters that only their layer uses, and in the way that its rule says."""
         if self._by_rule is None:
-            with self._without_autocast():  # its rounding would look like an error
+            with self._without_autocast(), exact():  # rounding would look like an error
                 self._find_routes(inputs)
         return self._by_rule or ()
 
@@ -182,7 +183,10 @@ class Layerwise:
                     signature, moves = structure(run.logits, run.leaves)
                     key, shown = (signature, run.lengths, len(v)), not moves
                     new = signature not in self._structures
-                    wrong = self._overwritten(run) | (self._misused(run) if new else frozenset())
+                    wrong = self._overwritten(run)
+                    if new:
+                        with exact():
+                            wrong |= self._misused(run)
                     if not wrong:
                         once = key not in self._proven and not moves
                         gradients = pull_back(run.logits, run.targets, v, keep=moves or once)
@@ -190,6 +194,8 @@ class Layerwise:
                             wrong = self._misplaced(run, gradients, v)[0]
                         elif once:
                             wrong, shown = self._misplaced_ever(run)
+            except BROKEN:
+                raise
             except (RuntimeError, TypeError, ValueError, IndexError):
                 if not self._widens:
                     raise
@@ -278,7 +284,7 @@ class Layerwise:
         """Names of parameters whose rows for two of the samples are not what autograd gives for each."""
         if not self._fast:
             return frozenset()
-        with self._without_autocast():
+        with self._without_autocast(), exact():
             return self._fast - self._agreeing(_two(inputs))
 
     def _misused(self, run: Pass) -> frozenset[str]:
@@ -360,6 +366,8 @@ class Layerwise:
                 for parameter, term in call.rule(call.layer, call.inputs, gradient, len(run.logits)):
                     if (name := names.get(parameter)) is not None:  # its own, or what stands in for it
                         found[name] = found.get(name, 0) + part(name, term)
+            except BROKEN:
+                raise
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # not a shape of B samples
                 broken |= self._names_of(call.layer)
         return found, broken
@@ -409,7 +417,7 @@ class Layerwise:
         axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, inputs)
         try:
             return vmap(pull_back, in_dims=(axes, 0))(inputs, cotangents)
-        except torch.OutOfMemoryError:
+        except BROKEN:
             raise
         except Exception as error:
             log.debug("ELLA: samples one after the other, because of %s: %s", type(error).__name__, error)
@@ -501,6 +509,8 @@ class Layerwise:
             )
         try:
             seen = torch.autograd.grad(logits, weights, v, allow_unused=True)
+        except BROKEN:
+            raise
         except RuntimeError:
             return True
         return any((one is None) != (other is None) for one, other in zip(trained, seen, strict=True))
@@ -530,6 +540,8 @@ class Layerwise:
         try:
             with self._forward(two, UNFOLDED) as run:
                 gradients = pull_back(run.logits, run.targets, v)
+        except BROKEN:
+            raise
         except (RuntimeError, TypeError, ValueError, IndexError):  # for what was expanded, or by a checkpoint
             if not self._widens:
                 return {}, everything
@@ -544,6 +556,8 @@ class Layerwise:
         }
         try:
             return found | {name: term.dense() for name, term in self._one_by_one(two, v)}, broken
+        except BROKEN:
+            raise
         except (RuntimeError, TypeError, ValueError):
             return found, broken | self._uncovered().keys()
 

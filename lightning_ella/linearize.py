@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .batches import Inputs, Picked, call, num_samples, rows
-from .view import Cast, NoShortcuts, View, eager, plain_attention
+from .numerics import eager, native_recurrence, plain_attention, repeatable
+from .view import Cast, NoShortcuts, View
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ def as_function() -> Iterator[None]:
     """Evaluate networks as plain functions of parameters and inputs, in this thread.
 
     No graph is recorded, inference mode is off (forward-mode products are silently zero there in some releases of
-    torch), and so is autocast; what was compiled runs eagerly, and attention by a kernel that can be differentiated.
+    torch), and so is autocast; what was compiled runs eagerly, attention by a kernel that can be differentiated, and
+    cuDNN chooses none by the clock.
     """
     accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as stack:
@@ -67,6 +69,8 @@ def as_function() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(eager())
         stack.enter_context(plain_attention())
+        if torch.cuda.is_available():
+            stack.enter_context(repeatable())
         yield
 
 
@@ -117,6 +121,8 @@ class Network:
             forward
         )  # what a closure knows of the network is the view's
         self._settled = False
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+        self._kernels = native_recurrence if recurrent and torch.cuda.is_available() else nullcontext
         self.watch: Callable[[], AbstractContextManager] = nullcontext  # over each evaluation
         self.output_shape: tuple[int, ...] | None = None  # of the last outputs, without B
         self.names: dict[Tensor, str] = {
@@ -136,7 +142,7 @@ class Network:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Outputs (B, C), by operations that can be differentiated; those of several positions one after the other."""
-        with NoShortcuts(), self.watch():
+        with NoShortcuts(), self._kernels(), self.watch():
             return self._evaluate(inputs)
 
     def own(self, inputs: Inputs) -> Tensor:

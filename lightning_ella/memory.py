@@ -13,9 +13,10 @@ UNKNOWN = (OSError, TypeError, AttributeError)  # another system, another C libr
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on `device`. Untested on GPUs."""
+    """Bytes that are free on `device`, what torch keeps there for later included. Untested on GPUs."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":") for line in lines)

@@ -51,10 +51,11 @@ class Posterior:
     residual_scale: Tensor  # r
     temperature: Tensor  # T
     softened: bool = field(default=False, kw_only=True)  # whether T divides H, as the variance of noise does
+    spectrum: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True, repr=False)  # of H, if it is known
 
     def root(self) -> Tensor:
         """R (K, K) with R Rᵀ = s A⁻¹, float64: the symmetric one, which does not hang on the signs of eigenvectors."""
-        eigenvalues, eigenvectors = torch.linalg.eigh(self.curvature)
+        eigenvalues, eigenvectors = self.spectrum or torch.linalg.eigh(self.curvature)
         # One that rounding hides may be as large as that; as zero it would make a direction free that the data fix.
         hidden = (eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps).clamp_min(0)
         eigenvalues = eigenvalues.maximum(hidden)
@@ -249,10 +250,10 @@ def _start(
         return torch.where(variance > 0, 1 / variance, 1)
 
     one = curvature.new_ones(())
-    eigenvalues = torch.linalg.eigvalsh(curvature)
+    eigenvalues, _ = spectrum = torch.linalg.eigh(curvature)
     least = eigenvalues[-1] * FLAT if eigenvalues[-1] > 0 else one
     prior = scale("prior_variance", 1 / eigenvalues.clamp_min(least).log().mean().exp())
-    unscaled = Posterior(curvature, prior, one, one, one)
+    unscaled = Posterior(curvature, prior, one, one, one, spectrum=spectrum)
     squares = curvature.new_zeros(features.shape[2])  # (K + m,)
     for part in slices(len(logits), max(1, CHUNK // max(1, features[:1].numel()))):
         units = likelihood.information(logits[part]).sqrt() if likelihood.has_units else logits.new_ones(1)
@@ -267,4 +268,5 @@ def _start(
         scale("residual_scale", outside),
         scale("temperature", 1.0),
         softened=likelihood.temperature_is_noise,
+        spectrum=spectrum,
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .numerics import in_full
 from .top import Selection
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Gaussian:
     @property
     def covariance(self) -> Tensor:
         """(*, C, C), of the outputs of one position."""
-        return self.factor @ self.factor.mT
+        with in_full(self.factor):
+            return self.factor @ self.factor.mT
 
     @property
     def variance(self) -> Tensor:
@@ -74,7 +76,8 @@ class Gaussian:
 
     def samples(self) -> Tensor:
         """Outputs (S, *, C), one for each draw."""
-        away = self.draws @ self.factor.flatten(0, -2).T  # (S, K) x (K, n C) -> (S, n C)
+        with in_full(self.factor):
+            away = self.draws @ self.factor.flatten(0, -2).T  # (S, K) x (K, n C) -> (S, n C)
         return self.mean + away.view(len(self.draws), *self.mean.shape)
 
     def label_log_probs(self, labels: Tensor, temperature: Tensor) -> Tensor:
@@ -129,13 +132,15 @@ class LowRank:
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """F (Fᵀ v), (n,) or (n, k)."""
-        return self.factor @ (self.factor.T @ vectors)
+        with in_full(self.factor):
+            return self.factor @ (self.factor.T @ vectors)
 
     def __getitem__(self, index: tuple) -> Tensor:
         """A block: rows and columns by slices, tensors of indices or numbers."""
         rows, columns = index
         left, right = self.factor[rows], self.factor[columns]
-        products = left.reshape(-1, left.shape[-1]) @ right.reshape(-1, right.shape[-1]).T
+        with in_full(self.factor):
+            products = left.reshape(-1, left.shape[-1]) @ right.reshape(-1, right.shape[-1]).T
         return products.view([*left.shape[:-1], *right.shape[:-1]])
 
     def diagonal(self) -> Tensor:
@@ -299,7 +304,8 @@ class Prediction:
             away = self._targets(logits=part).to(y).sort(0).values - y  # from y: large numbers would cancel
             count = len(away)
             weights = (2 * torch.arange(1, count + 1) - count - 1).to(away) / (count * max(1, count - 1))
-            found.append(away.abs().mean(0) - torch.einsum("s,s...->...", weights, away))
+            with in_full(away):
+                found.append(away.abs().mean(0) - torch.einsum("s,s...->...", weights, away))
         return torch.cat(found)
 
     def __len__(self) -> int:

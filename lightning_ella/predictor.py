@@ -100,11 +100,12 @@ class ELLAPredictor(nn.Module):
         self.forward_function = forward
         self.settings, self.origin, self.batched = dict(settings), origin, batched
         self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
-        self.draws = standard_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
+        draws = standard_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
+        self.draws = draws.to(curvature.device)
         self._quiet = quiet
         self.counted = frozenset(counted) | self._linearization.network.view.counted
         self.fingerprint = fingerprint(model, self.counted)
-        self._verified: tuple[tuple[int, int], ...] | None = _versions(model, self.counted)
+        self._verified: tuple[tuple[int, int, int], ...] | None = _versions(model, self.counted)
         self._view: tuple[Forward, Linearization] | None = None
         self._lock = threading.RLock()
 
@@ -220,7 +221,7 @@ class ELLAPredictor(nn.Module):
             unpack: maps a batch to `(inputs, targets)`.
         """
         with self._lock:
-            both = self._curvature_of(loader, unpack, self._tangents)
+            both = self._curvature_of(loader, unpack, probes=True)
             with as_function():
                 return measure(self._linearization, self._all(loader, unpack), self.likelihood, both, self.rank)
 
@@ -331,15 +332,16 @@ class ELLAPredictor(nn.Module):
             )
 
     def _learn(self, loader: DataLoader, unpack: Unpack, sign: int) -> Self:
-        curvature = self.curvature + sign * self._curvature_of(loader, unpack, self.basis).to(self.curvature)
+        change = self._curvature_of(loader, unpack)  # which moves the posterior to where the network is
+        curvature = self.curvature + sign * change.to(self.curvature)
         before, after = torch.linalg.eigvalsh(self.curvature)[-1], torch.linalg.eigvalsh(curvature)[0]
         if after < -1e-6 * before.abs():
             raise ValueError("these points were not among those that the posterior has seen, so it cannot forget them.")
         self.curvature = curvature
         return self
 
-    def _curvature_of(self, loader: DataLoader, unpack: Unpack, tangents: Basis) -> Tensor:
-        """Σ Ψᵀ Λ Ψ over the points of a loader."""
+    def _curvature_of(self, loader: DataLoader, unpack: Unpack, *, probes: bool = False) -> Tensor:
+        """Σ Ψᵀ Λ Ψ over the points of a loader, along the basis, and the probes, too, if so wanted."""
         points, top, how = self._all(loader, unpack), self.settings["top_outputs"], self.settings["curvature"]
         if not len(points):
             raise ValueError("the loader has no points: pass one with data.")
@@ -349,6 +351,7 @@ class ELLAPredictor(nn.Module):
         with self._lock, as_function():
             self._check_weights()
             self._follow()
+            tangents = self._tangents if probes else self.basis
             batches = tqdm(points.batches(points.numbers, self.device), desc="ELLA curvature", unit="batch")
             return curvature(
                 *(self._linearization, batches, tangents, self.likelihood, len(points)), how=how, seeds=seeds, top=top
@@ -389,7 +392,7 @@ class ELLAPredictor(nn.Module):
         if self._linearization.device != device:
             types = {name: value.dtype for name, value in self._linearization.network.view.tensors.items()}
             self._cast(lambda name, value: value.to(device, types.get(name, value.dtype)))
-        if self.draws.device != device:
+        if self.curvature.device != device:
             self._map(lambda tensor: tensor.to(device))
 
     def _cast(self, cast: Cast) -> None:
@@ -533,10 +536,10 @@ def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[s
         raise ValueError(f"the tensors in {path} are not those of a posterior of this network ({wrong}): fit again.")
 
 
-def _versions(model: nn.Module, without: Collection[str]) -> tuple[tuple[int, int], ...]:
+def _versions(model: nn.Module, without: Collection[str]) -> tuple[tuple[int, int, int], ...]:
     """Changes whenever a weight or buffer is written to or replaced; costs no look at the values."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return tuple((value.data_ptr(), version(value)) for name, value in named if name not in without)
+    return tuple((id(value), value.data_ptr(), version(value)) for name, value in named if name not in without)
 
 
 def _constant(leaf: Any) -> Any:

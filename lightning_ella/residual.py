@@ -6,6 +6,8 @@ Probes are made from a seed when a predictor is made, held beside the basis, and
 import torch
 from torch import Tensor
 
+from .numerics import exact
+
 FEWEST = 10  # a single variance is then off by 45 % (standard deviation), and novelty, a sum over outputs, by less
 
 
@@ -30,6 +32,11 @@ def with_probes(basis: dict[str, Tensor], count: int, seed: int) -> dict[str, Te
         return basis
     generator = torch.Generator().manual_seed(seed)
     rank = len(next(iter(basis.values())))
+    with exact():
+        return _outside(basis, rank, count, generator)
+
+
+def _outside(basis: dict[str, Tensor], rank: int, count: int, generator: torch.Generator) -> dict[str, Tensor]:
     overlap = torch.zeros(())
     for name in sorted(basis):  # a file may have another order
         part = basis[name]

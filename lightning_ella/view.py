@@ -10,19 +10,17 @@ import functools
 import itertools
 import random
 import sys
-import threading
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -619,33 +617,3 @@ class NoShortcuts(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call `function`."""
         return function(*args, **(kwargs or {}))
-
-
-class _Shared:
-    """A state of the whole process that some threads need: the first enters it, the last puts back what was.
-
-    Each on its own would put back what another had set.
-    """
-
-    def __init__(self, enter: Callable[[], AbstractContextManager]):
-        self._enter, self._lock, self._count = enter, threading.Lock(), 0
-        self._entered: AbstractContextManager | None = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if self._count == 0:
-                self._entered = self._enter()
-                self._entered.__enter__()
-            self._count += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._count -= 1
-                if self._count == 0 and self._entered is not None:
-                    self._entered.__exit__(None, None, None)
-
-
-eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))  # what was compiled runs as it was
-plain_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))  # fused kernels have no rule for forward mode
