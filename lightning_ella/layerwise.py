@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,6 +67,11 @@ class Pass:
     def targets(self) -> list[Any]:
         """What gradients are asked of."""
         return [*(call.output for call in self.calls), *self.expanded.values()]
+
+    @property
+    def ends(self) -> dict[Any, int]:
+        """Where in the graph a layer's output is, and which layer it is of."""
+        return {call.output.node: id(call.layer) for call in self.calls}
 
     @property
     def lengths(self) -> tuple[Fraction, ...]:
@@ -180,7 +186,7 @@ class Layerwise:
             try:
                 with self._forward(inputs, folding) as run:  # a checkpoint calls layers again on the way back
                     v = cotangents(run.logits.detach()).to(run.logits)
-                    signature, moves = structure(run.logits, run.leaves)
+                    signature, moves = structure(run.logits, run.leaves, run.ends)
                     key, shown = (signature, run.lengths, len(v)), not moves
                     new = signature not in self._structures
                     wrong = self._overwritten(run)
@@ -606,43 +612,47 @@ def _follows(one: Tensor, other: Tensor, alphas: Tensor) -> bool:
     return bool((gaps <= BY_AUTOCAST / 2 * sizes + 1e-6 * sizes.max()).all())
 
 
-def structure(logits: Tensor, leaves: Mapping[str, Tensor]) -> tuple[tuple, bool]:
+def structure(
+    logits: Tensor, leaves: Mapping[str, Tensor], ends: Mapping[Any, int] = MappingProxyType({})
+) -> tuple[tuple, bool]:
     """The graph of the outputs as a value: operations, their arguments, parameters by name; and whether rows may move.
 
-    Of two forward passes with the same structure, where no operation places rows by the data, one shows what holds for
-    the other.
+    Where layers are called is a part of it, from `ends`: a weight may be used without calling its layer. Of two
+    forward passes with the same structure, where no operation places rows by the data, one shows what holds for the
+    other.
     """
     named = {id(leaf): name for name, leaf in leaves.items()}
     numbers: dict[Any, int] = {logits.grad_fn: 0}
     todo, found, moves = [node for node in numbers if node is not None], [], False
     while todo:
         node = todo.pop()
-        following = [after for after, _ in node.next_functions if after is not None]
-        todo += [after for after in following if after not in numbers]
-        edges = [numbers.setdefault(after, len(numbers)) for after in following]
-        operation = node.name()
-        found.append((operation, named.get(id(getattr(node, "variable", None))), *edges))
+        following = [(after, output) for after, output in node.next_functions if after is not None]
+        todo += [after for after, _ in following if after not in numbers]
+        edges = [(numbers.setdefault(after, len(numbers)), output) for after, output in following]
+        found.append((node.name(), named.get(id(getattr(node, "variable", None))), ends.get(node), *edges))
         moves = moves or not _keeps_places(node, _operation(node), len(logits))
     return tuple(found), moves
 
 
 def _operation(node: Any) -> str:
-    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+    """Torch's own have a number at the end; what others have written keeps its name as it is."""
+    name = node.name().rpartition("::")[2]
+    return name.rstrip("0123456789").removesuffix("Backward") if name[-1:].isdigit() else name
 
 
 def _keeps_places(node: Any, operation: str, B: int) -> bool:
     """Whether an operation leaves the rows of a sample where they were, whatever the data."""
     if operation in TIMES_WEIGHTS:  # the rows are those of the other factor
         return _is_weight(node.next_functions[TIMES_WEIGHTS[operation]][0])
-    if operation not in ALONG | BY_DATA:
+    if operation not in ALONG | BATCHED:
         return operation in STILL
     shape = node._input_metadata[0].shape  # of the output
-    if operation in BY_DATA and (not shape or shape[0] % B):  # samples are along another axis
-        return False
+    if operation in BATCHED:
+        return bool(shape) and shape[0] % B == 0
     axis = getattr(node, "_saved_dim", 0)
     if axis >= 2**63:  # counted from the end
         axis += len(shape) - 2**64
-    return operation in BATCHED or axis > 0
+    return axis > 0
 
 
 def _is_weight(node: Any) -> bool:
@@ -657,11 +667,11 @@ STILL = frozenset(
     """
     AccumulateGrad Abs Acos Add Addcdiv Addcmul AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D
     AdaptiveMaxPool3D Alias Amax Amin Asin Atan AvgPool2D AvgPool3D Celu Clamp ClampMax ClampMin Clone ConstantPadNd
-    Convolution Cos Cosh CudnnBatchNorm CudnnConvolution Detach Div Dot Elu Embedding EmbeddingBag Erf Exp Expand
-    Expm1 Fill Floor FusedRmsNorm Gelu Glu Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp LinalgVectorNorm Log Log1P
-    LogSigmoid LogSoftmax Logaddexp Logsumexp MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean
-    Min Minimum Mish MkldnnConvolution Mul NativeBatchNorm NativeGroupNorm NativeLayerNorm Neg Norm Permute
-    PixelShuffle PixelUnshuffle Pow Prelu PreluKernel Prod Reciprocal ReflectionPad1D ReflectionPad2D Relu Repeat
+    Convolution Cos Cosh CudnnBatchNorm CudnnConvolution Detach Div Dot Elu Erf Exp Expand Expm1 Fill Floor
+    FusedRmsNorm Gelu Glu Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp LinalgVectorNorm Log Log1P LogSigmoid
+    LogSoftmax Logaddexp Logsumexp MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Mean Min Minimum
+    Mish MkldnnConvolution Mul NativeBatchNorm NativeGroupNorm NativeLayerNorm Neg Norm Permute PixelShuffle
+    PixelUnshuffle Pow Prelu PreluKernel Prod Reciprocal ReflectionPad1D ReflectionPad2D Relu Repeat
     ReplicationPad1D ReplicationPad2D ReshapeAlias Rsqrt Rsub SafeSoftmax ScaledDotProductEfficientAttention
     ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu Selu Sigmoid Sign Silu Sin Sinh Softmax
     Softplus Sqrt Squeeze Std StdMean Sub Sum T Tan Tanh Threshold ToCopy Transpose Tril Triu UnsafeView Unsqueeze
@@ -669,7 +679,7 @@ STILL = frozenset(
     """.split()  # noqa: SIM905 - a list of so many is no better to read
 )
 # Which do so where a factor is a weight: number of that argument.
-TIMES_WEIGHTS = {"Addmm": 2, "Addmv": 2, "Linear": 1, "Mm": 1, "Mv": 1}
+TIMES_WEIGHTS = {"Addmm": 2, "Addmv": 2, "Embedding": 0, "EmbeddingBag": 0, "Linear": 1, "Mm": 1, "Mv": 1}
 RESHAPED = {
     "Expand",
     "Permute",
@@ -682,7 +692,15 @@ RESHAPED = {
     "Unsqueeze",
     "View",
 }
-# Which do so along another axis than the first; and if samples are along the first, for what goes by the data.
-ALONG = {"Cat", "Cumsum", "Select", "Slice", "Split", "SplitWithSizes", "Stack", "Unbind", "Unfold"}
-BATCHED = {"Baddbmm", "Bmm"}
-BY_DATA = BATCHED | {"Gather", "IndexSelect"}
+ALONG = {
+    "Cat",
+    "Cumsum",
+    "Select",
+    "Slice",
+    "Split",
+    "SplitWithSizes",
+    "Stack",
+    "Unbind",
+    "Unfold",
+}  # but the first axis
+BATCHED = {"Baddbmm", "Bmm"}  # matrices along the first axis

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,19 +116,17 @@ class Network:
         names: Collection[str] | None = None,
         cast: Cast = lambda _, value: value,
     ):
-        self.view = View(model, names, cast)
-        self.model = self.view.root
-        self._forward: Forward = self.view.copied.following(
-            forward
-        )  # what a closure knows of the network is the view's
+        self._look_through: Callable[..., View] = partial(View, model, names, cast)
+        self._users_forward = forward
+        try:
+            self._see(self._look_through())
+        except RecursionError:  # objects that lead from one to the next, without end
+            self._see(self._look_through(changing=frozenset()))
         self._settled = False
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._kernels = native_recurrence if recurrent and torch.cuda.is_available() else nullcontext
         self.watch: Callable[[], AbstractContextManager] = nullcontext  # over each evaluation
         self.output_shape: tuple[int, ...] | None = None  # of the last outputs, without B
-        self.names: dict[Tensor, str] = {
-            parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad
-        }
         if not self.names:
             raise ValueError(
                 "no parameter of the network has requires_grad=True, so there is nothing to be uncertain about: "
@@ -139,6 +138,14 @@ class Network:
                 if parameter.is_complex():
                     fix = "keep its real and imaginary parts, and use torch.view_as_complex(weight) in forward()"
                 raise ValueError(f"ELLA needs float32 or float64 weights, but {name} is {parameter.dtype}: {fix}.")
+
+    def _see(self, view: View) -> None:
+        """Evaluate the network on this view from now on."""
+        self.view, self.model = view, view.root
+        # What a closure knows of the network is the view's.
+        self._forward: Forward = view.copied.following(self._users_forward)
+        parameters = view.root.named_parameters()
+        self.names: dict[Tensor, str] = {value: name for name, value in parameters if value.requires_grad}
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Outputs (B, C), by operations that can be differentiated; those of several positions one after the other."""
@@ -171,6 +178,10 @@ class Network:
             self._settled = True
             few = rows(inputs, slice(0, 2))
             with torch.no_grad():
+                if self.view.copies_objects:
+                    whole = few.whole if isinstance(few, Picked) else few
+                    changing = self.view.changed_by(lambda: self._forward(self.model, whole))
+                    self._see(self._look_through(changing=changing))
                 self.view.settle(lambda: self._called(few))
 
     def at_positions(self, flat: Tensor, axis: int | None) -> Tensor:

@@ -35,14 +35,16 @@ class Part(NamedTuple):
     thing: Any
     own: bool = False  # an object whose attributes are remembered, whatever its class
     loaded: bool = False  # a data set: what it has loaded meanwhile may stay
+    foreign: bool = False  # within an object of a library: only its random states are put back
 
 
 class State:
     """What can change in some objects and in what they hold, as it is now.
 
     Objects of the packages that the roots and their samplers and data sets are from are remembered by their attributes,
-    all others looked through for random states alone. Closures, bound methods and the random states and containers
-    among the globals of a function are followed, too; no module of torch, and no large array, is copied.
+    all others looked through for random states alone: a queue, a file that is written to or a connection is nobody's to
+    put back. Closures, bound methods and the random states and containers among the globals of a function are followed,
+    too; no module of torch, and no large array, is copied.
 
     Args:
         roots: the objects.
@@ -60,7 +62,10 @@ class State:
             if id(part.thing) not in seen and not isinstance(part.thing, ATOMS):
                 seen[id(part.thing)] = part.thing
                 with suppress(Exception):  # of whatever kind it is: nothing of it is used
-                    waiting.extend(self._look(part))
+                    for held in self._look(
+                        part
+                    ):  # a data set may be found by other ways, as among arguments that are kept
+                        (waiting.appendleft if held.own else waiting.append)(held)
         self.found = list(seen.values())
 
     def put_back(self) -> bool:
@@ -72,34 +77,37 @@ class State:
         thing = part.thing
         if isinstance(thing, GENERATORS):
             self._memories.append(_random_state(thing))
-        elif isinstance(thing, (np.ndarray, Tensor)):
-            self._remember_numbers(thing)
-        elif isinstance(thing, io.IOBase):
-            self._memories += [_position(thing)] if not thing.closed and thing.seekable() else []
         elif isinstance(thing, CONTAINERS):
-            if len(thing) <= ENTRIES:
+            if len(thing) <= ENTRIES and not part.foreign:
                 self._memories.append(_contents(thing))
             if len(thing) <= LOOKED_INTO:
                 values = thing.values() if isinstance(thing, dict) else thing
-                yield from (Part(value, part.own and isinstance(thing, list), part.loaded) for value in values)
+                yield from (part._replace(thing=value, own=part.own and isinstance(thing, list)) for value in values)
         elif isinstance(thing, (tuple, frozenset)):
-            yield from map(Part, thing if len(thing) <= LOOKED_INTO else ())
+            entries = thing if len(thing) <= LOOKED_INTO else ()
+            yield from (part._replace(thing=entry, own=False) for entry in entries)
         elif isinstance(thing, types.MethodType):
-            yield from (Part(thing.__self__, part.own), Part(thing.__func__))
+            yield from (part._replace(thing=thing.__self__), part._replace(thing=thing.__func__, own=False))
         elif isinstance(thing, partial):
-            yield from map(Part, (thing.func, *thing.args, *thing.keywords.values()))
+            parts = thing.func, *thing.args, *thing.keywords.values()
+            yield from (part._replace(thing=each, own=False) for each in parts)
+        elif isinstance(thing, (np.ndarray, Tensor)):
+            self._remember_numbers(thing, part)
+        elif isinstance(thing, io.IOBase):
+            self._remember_position(thing, part)
         elif isinstance(thing, types.FunctionType):
-            yield from self._look_at_function(thing)
-        elif hasattr(thing, "__dict__"):
+            yield from self._look_at_function(thing, part)
+        elif hasattr(thing, "__dict__") or hasattr(type(thing), "__slots__"):
             yield from self._look_at_object(part)
 
-    def _look_at_function(self, function: types.FunctionType) -> Iterator[Part]:
+    def _look_at_function(self, function: types.FunctionType, part: Part) -> Iterator[Part]:
         for cell in function.__closure__ or ():
             if (held := _content(cell)) is not cell:
-                self._memories.append(_held(cell, held))
-                yield Part(held)
+                self._memories += [] if part.foreign else [_held(cell, held)]
+                yield part._replace(thing=held, own=False)
         known = (function.__globals__.get(name) for name in function.__code__.co_names)
-        yield from (Part(value) for value in known if isinstance(value, (*GENERATORS, *CONTAINERS, np.ndarray)))
+        wanted = GENERATORS if part.foreign else (*GENERATORS, *CONTAINERS, np.ndarray)
+        yield from (part._replace(thing=value, own=False) for value in known if isinstance(value, wanted))
 
     def _look_at_object(self, part: Part) -> Iterator[Part]:
         thing, kind = part.thing, type(part.thing)
@@ -108,22 +116,42 @@ class State:
             self._packages.add(package)
         if package in FOREIGN and not part.own:
             return
-        if (part.own or package in self._packages or kind is types.SimpleNamespace) and not isinstance(
-            thing, nn.Module
-        ):
-            self._memories.append(_attributes(thing, loaded=part.loaded))
+        known = package in self._packages or (kind is types.SimpleNamespace and not part.foreign)
+        remembered = (part.own or known) and not isinstance(thing, nn.Module)
+        if remembered:
+            self._memories += _attributes(thing, loaded=part.loaded)
             for base in kind.__mro__:
                 if base.__module__.partition(".")[0] in self._packages:
-                    yield from (Part(value) for value in vars(base).values() if isinstance(value, types.FunctionType))
-        for name, value in list(vars(thing).items()):
-            yield Part(value, name in CHAIN, part.loaded or name in DATA)
+                    yield from self._look_at_class(base)
+        for name, value in (getattr(thing, "__dict__", {}) | slots_of(thing)).items():
+            yield Part(value, name in CHAIN and not part.foreign, part.loaded or name in DATA, not remembered)
 
-    def _remember_numbers(self, values: Any) -> None:
-        fixed = isinstance(values, np.ndarray) and (values.dtype.hasobject or not values.flags.writeable)
-        if not fixed and values.nbytes <= min(LARGEST, self._left):
-            with suppress(RuntimeError):  # of a kind that has no plain numbers
-                self._memories.append(_numbers(values))
-                self._left -= values.nbytes
+    def _look_at_class(self, kind: type) -> Iterator[Part]:
+        for name, value in list(vars(kind).items()):
+            kept = isinstance(value, (*CONTAINERS, *GENERATORS)) and not name.startswith("__")
+            if kept or isinstance(value, types.FunctionType):
+                yield Part(value)
+            elif type(value) in (int, float):  # a count of all objects
+                self._memories.append(partial(_reset, kind, name, value))
+
+    def _remember_numbers(self, values: Any, part: Part) -> None:
+        is_array = isinstance(values, np.ndarray)
+        plain = values.flags.writeable and not values.dtype.hasobject if is_array else _is_plain(values)
+        if plain and not part.foreign and values.nbytes <= min(LARGEST, self._left):
+            self._memories.append(_numbers(values))
+            self._left -= values.nbytes
+
+    def _remember_position(self, file: Any, part: Part) -> None:
+        if not part.foreign and not file.closed and file.seekable() and not file.writable():
+            with suppress(OSError):  # a text file that is iterated does not tell
+                self._memories.append(_position(file))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an array of numbers with a place of its own for each."""
+    kinds = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    odd = tensor.is_quantized or tensor.is_meta or tensor.is_conj() or tensor.is_neg() or tensor.is_inference()
+    return kinds and not odd and not (0 in tensor.stride() and tensor.numel() > 1)
 
 
 def _quietly(memory: Callable[[], bool]) -> bool:
@@ -133,13 +161,27 @@ def _quietly(memory: Callable[[], bool]) -> bool:
         return True
 
 
-def _attributes(thing: Any, *, loaded: bool) -> Callable[[], bool]:
-    table, before = vars(thing), dict(vars(thing))
+def _attributes(thing: Any, *, loaded: bool) -> list[Callable[[], bool]]:
+    slots = slots_of(thing)
+    found = [partial(_reset, thing, name, value) for name, value in slots.items()]
+    return [*found, _table(vars(thing), loaded=loaded)] if hasattr(thing, "__dict__") else found
+
+
+def _reset(thing: Any, name: str, before: Any) -> bool:
+    changed = getattr(thing, name, None) is not before
+    if changed:
+        (setattr if isinstance(thing, type) else object.__setattr__)(thing, name, before)
+    return changed
+
+
+def _table(table: dict[str, Any], *, loaded: bool) -> Callable[[], bool]:
+    before = dict(table)
 
     def put_back() -> bool:
         wanted = before
-        if loaded:  # what was not there, or None, has been loaded since
-            wanted = table | {name: value for name, value in before.items() if value is not None}
+        if loaded:  # what was not there, or None, has been loaded since, unless it was moved on
+            new = {name: value for name, value in table.items() if before.get(name) is None and _stays(value)}
+            wanted = before | new
         if _same(table, wanted):
             return False
         table.clear()
@@ -147,6 +189,23 @@ def _attributes(thing: Any, *, loaded: bool) -> Callable[[], bool]:
         return True
 
     return put_back
+
+
+def _stays(value: Any) -> bool:
+    return not isinstance(value, (*GENERATORS, Iterator, io.IOBase))
+
+
+def slots_of(thing: Any) -> dict[str, Any]:
+    """Attributes that are in slots, by name."""
+    found = {}
+    for base in type(thing).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{base.__name__.lstrip('_')}{slot}" if private else slot
+            if slot not in ("__dict__", "__weakref__") and hasattr(thing, name):
+                found[name] = getattr(thing, name)
+    return found
 
 
 def _contents(container: Any) -> Callable[[], bool]:

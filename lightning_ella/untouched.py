@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .memory import free_memory
-from .state import FOREIGN, LIBRARIES, State
+from .state import ATOMS, FOREIGN, LIBRARIES, LOOKED_INTO, State
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +151,8 @@ class _Place:
 def _within(value: Any) -> list[Any]:
     """What is in a container that is compared entry by entry, or a value itself; no tensors, modules and trainers."""
     entries = [entry for _, entry in _entries(value)] if type(value) in CONTAINERS else [value]
-    own = [entry for entry in entries if type(entry).__module__.partition(".")[0] not in FOREIGN]
-    return [entry for entry in own if not isinstance(entry, (Tensor, nn.Module))]
+    found = [entry for entry in entries if not isinstance(entry, (*ATOMS, Tensor, nn.Module))][:LOOKED_INTO]
+    return [entry for entry in found if type(entry).__module__.partition(".")[0] not in FOREIGN]
 
 
 class _Content:

@@ -8,6 +8,7 @@ import copy
 import enum
 import functools
 import itertools
+import pickle
 import random
 import sys
 import types
@@ -25,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .state import FOREIGN, slots_of
+
 Cast = Callable[[str, Tensor], Tensor]  # name of a parameter or buffer ("" for other tensors), and its value
 Table = dict[str, Any]
 
@@ -32,9 +35,8 @@ CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)  # that are copi
 WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary)
 RANDOM = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 STATES = (*CONTAINERS, *WEAK, *RANDOM, np.ndarray, bytearray, itertools.count, functools._lru_cache_wrapper)
-LARGE = 2**26  # bytes of an array that is shared, and may not be written to
+LARGE = 10**4  # entries of a container or array that is copied for good reason only, as objects are
 OWN = frozenset(vars(nn.Module()))  # tables of every module
-FOREIGN = {"lightning", "pytorch_lightning", "lightning_fabric"}  # trainers and loggers, which know the whole program
 UNSEEN = ("_backward_hooks", "_backward_pre_hooks")  # change no outputs, and might keep gradients for their owner
 SILENT = ("log", "log_dict")  # a LightningModule may log in `forward`; what ELLA asks is nobody's metric
 FRAMES = 20  # of a module within another
@@ -51,10 +53,18 @@ class View:
         model: the network.
         taken: names of the parameters that require gradients in the view; None for those that do in the network.
         cast: what becomes of each tensor, such as a move to another device.
+        changing: ids of what a forward pass changes, as `changed_by` finds them; objects of the user's that neither
+            change nor hold a part of the network are shared, since code may compare them by identity. None copies all.
     """
 
-    def __init__(self, model: nn.Module, taken: Collection[str] | None = None, cast: Cast = lambda _, value: value):
-        self.copied = _Copier(model, taken, cast)
+    def __init__(
+        self,
+        model: nn.Module,
+        taken: Collection[str] | None = None,
+        cast: Cast = lambda _, value: value,
+        changing: Collection[int] | None = None,
+    ):
+        self.copied = _Copier(model, taken, cast, changing)
         with _deep_recursion(model):
             self.root: nn.Module = self.copied(model)
         modules = list(self.root.modules())
@@ -76,7 +86,8 @@ class View:
         self.counted: frozenset[str] = frozenset()  # and of what it changes: no weights
         self._counters: list[tuple[Tensor, Tensor]] = []
         own = {id(held[name]) for held in self._attributes.values() for name in OWN & held.keys()}
-        self._states = [(made, _contents(made)) for made in self.copied.states if id(made) not in own]
+        states = [(value, made) for value, made in self.copied.states if id(made) not in own]
+        self._states = [(value, made, _contents(made)) for value, made in states]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -118,10 +129,21 @@ class View:
             if len(table) != len(held) or not all(map(_is_same, table.values(), held.values())):
                 table.clear()
                 table.update(held)
-        for made, contents in self._states:
+        for _, made, contents in self._states:
             _refill(made, contents)
         for value, before in self._counters:
             value.data.copy_(before)
+
+    @property
+    def copies_objects(self) -> bool:
+        """Whether there are copies of objects that may have to be shared."""
+        return self.copied.copies_objects
+
+    def changed_by(self, evaluate: Callable[[], Any]) -> set[int]:
+        """Ids of the user's objects, containers, arrays and random states that a forward pass changes."""
+        with _Watch(self.copied), suppress(Exception):  # which may miss the identity of what is copied here
+            evaluate()
+        return {id(value) for value, made, contents in self._states if _differs(made, contents)}
 
     def settle(self, evaluate: Callable[[], Any]) -> None:
         """Find out, by forward passes that are thrown away, what they write to, and give the view copies of its own.
@@ -179,7 +201,9 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _contents(made: Any) -> Any:
-    """What is in a container, an array or an object now."""
+    """What is in a container, an array, a random state or an object now."""
+    if isinstance(made, RANDOM):
+        return pickle.dumps(made.get_state() if isinstance(made, torch.Generator) else made)
     if isinstance(made, (np.ndarray, bytearray, set)):
         return made.copy()
     return dict(_table(made)) if isinstance(_table(made), dict) else list(made)
@@ -190,13 +214,27 @@ def _table(made: Any) -> Any:
     return made if isinstance(made, CONTAINERS) else vars(made)
 
 
+def _differs(made: Any, contents: Any) -> bool:
+    if isinstance(made, RANDOM):
+        return _contents(made) != contents
+    if isinstance(made, np.ndarray):
+        return made.tobytes() != contents.tobytes()
+    if isinstance(made, bytearray):
+        return made != contents
+    table = _table(made)
+    return len(table) != len(contents) or not all(map(_is_same, *map(_values, (table, contents))))
+
+
 def _refill(made: Any, contents: Any) -> None:
-    """Put back what was in it."""
+    """Put back what was in it. A random state goes on: a network that draws must not seem to be one that does not."""
+    if isinstance(made, RANDOM) or not _differs(made, contents):
+        return
     if isinstance(made, np.ndarray):
         np.copyto(made, contents)
     elif isinstance(made, bytearray):
         made[:] = contents
-    elif len(table := _table(made)) != len(contents) or not all(map(_is_same, *map(_values, (table, contents)))):
+    else:
+        table = _table(made)
         table.clear()
         (table.update if isinstance(table, (dict, set)) else table.extend)(contents)
 
@@ -227,19 +265,23 @@ class _Eager(nn.Module):
 class _Copier:
     """Copies what belongs to a network, each thing once."""
 
-    def __init__(self, model: nn.Module, taken: Collection[str] | None, cast: Cast):
-        self._taken, self._cast = taken, cast
+    def __init__(self, model: nn.Module, taken: Collection[str] | None, cast: Cast, changing: Collection[int] | None):
+        self._taken, self._cast, self._changing = taken, cast, changing
+        self.copies_objects = False
         named = [*model.named_buffers(), *model.named_parameters()]
         self.originals: dict[int, tuple[str, Tensor]] = {id(value): (name, value) for name, value in named}
         self.aliases: list[Tensor] = []
-        self.states: list[Any] = []  # copies of what a forward pass may leave something in
+        self.states: list[tuple[Any, Any]] = []  # what a forward pass may leave something in, and its copy
         self._modules = {id(module) for module in model.modules()}
         self._packages = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch"} - FOREIGN
         self._made: dict[int, Any] = {}  # by the original's id
+        self._known: dict[int, bool] = {}  # whether something reaches the network
         self._kept: list[Any] = []  # ids are not used again meanwhile
 
     def __call__(self, value: Any) -> Any:
         """The copy, or the value itself where it knows nothing of the network."""
+        if type(value) in _PLAIN or isinstance(value, _ATOMS):
+            return value
         if id(value) in self._made:
             return self._made[id(value)]
         if isinstance(value, Tensor):
@@ -248,9 +290,11 @@ class _Copier:
             if type(value) in weakref.ProxyTypes:  # whose methods are those of what it stands for
                 return self._done(value, weakref.proxy(self(value.parameters.__self__)))  # type: ignore[attr-defined]
             return self._module(value)
-        if type(value) in CONTAINERS:
+        if type(value) in CONTAINERS and len(value) <= LARGE:
             return self._container(value)
-        return self._other(value) if self._reaches(value) or self._keeps(value) else value
+        if not self._reaches(value) and not self._keeps(value):
+            return value
+        return self._container(value) if type(value) in CONTAINERS else self._other(value)
 
     def following(self, function: Any) -> Any:
         """A copy of a function of the user's for ELLA if it knows something of the network; else it may do anything."""
@@ -288,7 +332,7 @@ class _Copier:
             return None
         if isinstance(module, torch.jit.ScriptModule):
             return self._scripted(module)
-        made = self._done(module, object.__new__(_Eager if isinstance(module, OptimizedModule) else type(module)))
+        made = self._done(module, _blank(_Eager if isinstance(module, OptimizedModule) else type(module)))
         attributes = vars(module) if not isinstance(made, _Eager) else vars(nn.Module()) | {"_modules": module._modules}
         found = {n: OrderedDict() if n in UNSEEN else self(value) for n, value in attributes.items()}
         found |= {"training": False, "_compiled_call_impl": None}
@@ -302,7 +346,7 @@ class _Copier:
         return made
 
     def _fill_slots(self, made: Any, value: Any) -> None:
-        for slot, held in _slots(value).items():
+        for slot, held in slots_of(value).items():
             with suppress(AttributeError):  # of a kind that is not written in Python
                 object.__setattr__(made, slot, self(held))
 
@@ -339,7 +383,8 @@ class _Copier:
 
     def _state(self, value: Any, made: Any) -> Any:
         """A copy of what a forward pass may leave something in."""
-        self.states.append(made)
+        self.states.append((value, made))
+        self.copies_objects |= isinstance(value, (*CONTAINERS, np.ndarray)) and len(value) > LARGE
         return self._done(value, made)
 
     def _other(self, value: Any) -> Any:
@@ -359,8 +404,10 @@ class _Copier:
         if isinstance(value, types.MappingProxyType):
             return self._done(value, types.MappingProxyType(self(dict(value))))
         if isinstance(value, tuple):
-            items = [self(item) for item in value]
-            return self._done(value, type(value)(*items) if hasattr(value, "_fields") else type(value)(items))
+            made = self._done(value, tuple.__new__(type(value), map(self, value)))
+            if hasattr(made, "__dict__"):
+                vars(made).update(self(vars(value)))
+            return made
         if isinstance(value, frozenset):
             return self._done(value, frozenset(map(self, value)))
         if isinstance(value, functools.partial):
@@ -368,20 +415,15 @@ class _Copier:
             vars(made).update(self(vars(value)))
             return self._done(value, made)
         if isinstance(value, np.ndarray):
-            return self._array(value)
-        return self._object(value)
-
-    def _array(self, value: np.ndarray) -> np.ndarray:
-        if value.nbytes <= LARGE and not value.dtype.hasobject:
             return self._state(value, value.copy())
-        made = self._done(value, value.view())
-        made.flags.writeable = False
-        return made
+        if isinstance(value, RANDOM):
+            return self._state(value, self._copy(value))
+        return self._object(value)
 
     def _object(self, value: Any) -> Any:
         """A copy of an object, made from its attributes whatever it says of copies: a singleton would be shared."""
         try:
-            made = object.__new__(type(value))
+            made = _blank(type(value))
         except TypeError:  # of a kind that is not written in Python
             made = self._copy(value)
         self._done(value, made)
@@ -395,9 +437,10 @@ class _Copier:
                 list.__setitem__(made, place, self(item))
         if hasattr(value, "__dict__"):
             vars(made).update({name: self(item) for name, item in vars(value).items()})
-            self.states.append(made)
+            self.states.append((value, made))
+            self.copies_objects = True
         elif isinstance(value, bytearray):
-            self.states.append(made)
+            self.states.append((value, made))
         self._fill_slots(made, value)
         return made
 
@@ -433,40 +476,61 @@ class _Copier:
 
     def _reaches(self, value: Any) -> bool:
         """Whether something holds a module or tensor of the network, at any depth that belongs to the user."""
-        return self._any(value, lambda item: id(item) in self._modules or id(item) in self.originals, _parts)
+        if id(value) not in self._known:
+            self._survey(value)
+        return self._known[id(value)]
+
+    def _survey(self, value: Any) -> None:
+        """Find out for something, and for all that it leads to, whether it reaches the network."""
+        holders: dict[int, list[int]] = {id(value): []}
+        reaching, stack = [], [value]
+        while stack:
+            item = stack.pop()
+            self._kept.append(item)
+            if self._known.setdefault(id(item), id(item) in self._modules or id(item) in self.originals):
+                reaching.append(id(item))
+            elif not isinstance(item, (nn.Module, Tensor)):
+                for part in _parts(item):
+                    if type(part) not in _PLAIN and not isinstance(part, _ATOMS):
+                        stack += [part] if id(part) not in holders and id(part) not in self._known else []
+                        reaching += [id(part)] if self._known.get(id(part)) else []
+                        holders.setdefault(id(part), []).append(id(item))
+        while reaching:
+            for holder in holders.get(reaching.pop(), ()):
+                if not self._known[holder]:
+                    self._known[holder] = True
+                    reaching.append(holder)
 
     def _keeps(self, value: Any) -> bool:
-        """Whether something of the user's holds what a forward pass may change."""
-        return self._any(value, lambda item: isinstance(item, STATES) or self._is_users(item), self._parts_of_users)
-
-    @staticmethod
-    def _any(value: Any, holds: Callable[[Any], bool], parts: Callable[[Any], list[Any]]) -> bool:
+        """Whether something of the user's holds what a forward pass changes, or might, where that is not known."""
         seen: set[int] = set()
         stack = [value]
         while stack:
             item = stack.pop()
-            if isinstance(item, _ATOMS):
+            if id(item) in seen or isinstance(item, (*_ATOMS, nn.Module, Tensor)):
                 continue
-            if holds(item):
+            seen.add(id(item))
+            shared = self._is_users(item) or (isinstance(item, (*CONTAINERS, np.ndarray)) and len(item) > LARGE)
+            if (isinstance(item, STATES) or shared) and (not shared or self._changing is None):
                 return True
-            if id(item) not in seen and not isinstance(item, (nn.Module, Tensor)):
-                seen.add(id(item))
-                stack += parts(item)
+            if self._changing and id(item) in self._changing:
+                return True
+            stack += self._parts_of_users(item, shared)
         return False
 
-    def _parts_of_users(self, item: Any) -> list[Any]:
-        """What a function, method or tuple holds that is not of a library."""
+    def _parts_of_users(self, item: Any, shared: bool) -> list[Any]:
+        """What an object, function, method or tuple holds that is not of a library."""
         if isinstance(item, types.FunctionType) and (item.__module__ or "").partition(".")[0] not in self._packages:
             return []
-        return (
-            _parts(item) if isinstance(item, (types.FunctionType, types.MethodType, functools.partial, tuple)) else []
-        )
+        looked_into = shared and bool(self._changing)
+        known = isinstance(item, (types.FunctionType, types.MethodType, functools.partial, tuple))
+        return _parts(item) if known or looked_into else []
 
     def _is_users(self, item: Any) -> bool:
         """Whether it is an object with attributes, of a class from where the network's modules are from."""
         kind = type(item)
         known = kind is types.SimpleNamespace or kind.__module__.partition(".")[0] in self._packages
-        return known and bool(_attributes(item)) and not callable(getattr(kind, "__del__", None))
+        return known and bool(_attributes(item))
 
 
 _ATOMS = (
@@ -485,6 +549,17 @@ _ATOMS = (
 )
 
 
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
+
+
+def _blank(kind: type) -> Any:
+    """An object of a class without attributes; what the class does at the end of one is not done for a copy."""
+    if callable(getattr(kind, "__del__", None)):
+        names = {"__del__": lambda _: None, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        kind = type(kind)(kind.__name__, (kind,), names)
+    return object.__new__(kind)
+
+
 def _copied(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         made = torch.Generator(value.device)
@@ -493,19 +568,11 @@ def _copied(value: Any) -> Any:
     return copy.copy(value)
 
 
-def _slots(value: Any) -> Table:
-    """Attributes that are in slots, by name."""
-    found = {}
-    for base in type(value).__mro__:
-        slots = vars(base).get("__slots__", ())
-        for slot in (slots,) if isinstance(slots, str) else slots:
-            if slot not in ("__dict__", "__weakref__") and hasattr(value, slot):
-                found[slot] = getattr(value, slot)
-    return found
-
-
 def _attributes(value: Any) -> Table:
-    return getattr(value, "__dict__", {}) | _slots(value)
+    try:
+        return dict(getattr(value, "__dict__", {})) | slots_of(value)
+    except Exception:  # of whatever a property of the user's raises
+        return {}
 
 
 def _content(cell: types.CellType) -> Any:
@@ -532,8 +599,10 @@ def _parts(item: Any) -> list[Any]:
         return [item()]
     if isinstance(item, functools.partial):
         return [item.func, *item.args, *item.keywords.values(), *vars(item).values()]
-    if isinstance(item, Mapping):
-        return [*item.values(), *item, *_attributes(item).values()]
+    if type(item) in (list, tuple, set, frozenset):
+        return list(item)
+    if isinstance(item, (dict, types.MappingProxyType, *WEAK)):  # others may compute or read what they give
+        return [*item.values(), *item, *(_attributes(item).values() if type(item) is not dict else ())]
     if isinstance(item, (list, tuple, set, frozenset, deque)):
         return [*item, *_attributes(item).values()]
     foreign = any(base.__module__.split(".")[0] in FOREIGN for base in type(item).__mro__)

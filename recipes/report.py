@@ -198,11 +198,12 @@ def advice(data: Images, run: Path) -> str:
 def words(report: dict[str, Any], folder: Path) -> str:
     """What changed, in plain words."""
     before, after = report["test"]["MAP"], report["test"]["ELLA"]
-    gain = 1 - after["nll"] / before["nll"]
+    gain = 1 - after["nll"] / before["nll"] if before["nll"] else -1.0  # right on every image, and sure of it
+    how = f"by {abs(gain):.1%}" if before["nll"] else f"from 0 to {after['nll']:.4f}"
     lines = [
         f"The network is right on {before['accuracy']:.1%} of the test images; with ELLA on {after['accuracy']:.1%}.",
         f"Its confidence was off by {100 * before['ece']:.1f} points on average (ECE), and now is by "
-        f"{100 * after['ece']:.1f}. The NLL {'fell' if gain > 0 else 'rose'} by {abs(gain):.1%}.",
+        f"{100 * after['ece']:.1f}. The NLL {'fell' if gain > 0 else 'rose'} {how}.",
     ]
     if gain < 0.005:
         lines.append("That is no gain: the network was calibrated already, or the held-out images are too few to tell.")

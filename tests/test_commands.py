@@ -16,7 +16,7 @@ import transformers
 from commands import clone, run
 from conftest import ROOT, noise_images
 from test_readme import PAGES, blocks
-from torchvision.models import resnet50
+from torchvision.models import resnet18
 
 sys.path.insert(0, str(ROOT / "recipes"))
 from models import CifarResNet
@@ -108,7 +108,8 @@ class Reader:
 
     @functools.cache  # noqa: B019 - one reader lives as long as the tests
     def weights(self, name: str) -> Path:
-        networks = {"resnet20": lambda: CifarResNet(20, 2), "torchvision": lambda: resnet50(num_classes=2)}
+        networks = {"resnet20": lambda: CifarResNet(20, 2), "torchvision": lambda: resnet18(num_classes=2)}
+        torch.manual_seed(0)
         torch.save(networks[name]().state_dict(), self.folder / f"{name}.pt")
         return self.folder / f"{name}.pt"
 
@@ -142,7 +143,7 @@ def test_a_command_runs_as_its_page_has_it(line: str, reader: Reader, tmp_path: 
     if "train.py" in line:
         assert len(list(folder.glob("outputs/*/*/**/report.json"))) == runs_of(line)
     if "--multirun" in line:
-        assert len(list(folder.glob("outputs/sweeps/*/multirun.yaml"))) == 1
+        assert len(list(folder.glob("outputs/sweeps/*"))) == 1
     if "launcher=slurm" in line:
         job = (tmp_path / "bin" / "job.sh").read_text()
         for asked in ("nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "partition=gpus"):

@@ -72,6 +72,16 @@ def moved(array: np.ndarray, i: int) -> tuple[Any, Any]:
     return scaled(i, float(array.sum()))
 
 
+class Text(io.BytesIO):
+    """Cannot be written to."""
+
+    def writable(self) -> bool:
+        return False
+
+
+TEXT = Text(bytes(10_000))
+
+
 def read(file: io.BytesIO, i: int) -> tuple[Any, Any]:
     return scaled(i, 1 + len(file.read(3)) / 100)
 
@@ -156,7 +166,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "an object": lambda: loader(Counter(), lambda counter, i: scaled(i, counter())),
     "a namespace": lambda: loader(types.SimpleNamespace(n=Counter()), lambda kept, i: scaled(i, kept.n())),
     "a partial": lambda: loader(None, functools.partial(partly, mixed, [])),
-    "a file": lambda: loader(io.BytesIO(bytes(100)), read),
+    "a file": lambda: loader(TEXT, read),
     "a generator": lambda: loader(np.random.RandomState(0), lambda rng, i: scaled(i, rng.rand())),
     "a global generator": lambda: loader(None, drawn),
     "a collate function": lambda: loader(None, lambda _, i: POINTS[i], collate_fn=collating()),
@@ -173,6 +183,7 @@ def test_training_gets_what_it_would_get_without_the_callback(tmp_path: Path, ki
     def train(*callbacks: ELLACallback) -> Net:
         torch.manual_seed(0)
         DRAWN.bit_generator.state = np.random.default_rng(0).bit_generator.state
+        TEXT.seek(0)
         module = Net()
         settings: dict[str, Any] = {"enable_checkpointing": False, "num_sanity_val_steps": 0}
         trainer = make_trainer(tmp_path, *callbacks, **settings)
@@ -218,6 +229,16 @@ def test_what_hooks_keep_is_put_back(tmp_path: Path, module: type[Net], data: ty
 
     expected, found = train(), train(ELLACallback(**SMALL))
     torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_a_data_set_is_known_by_whatever_way_it_is_found_first():
+    loader = DataLoader(data := Habits(Counter(), lambda counter, i: counter()))
+    vars(loader).clear()
+    vars(loader).update({"arguments": (data,), "dataset": data})  # as Lightning keeps them
+    memory = State(loader)
+    data[0]
+    assert memory.put_back()
+    assert data.kept.count == 0
 
 
 def test_what_a_data_set_has_loaded_stays():

@@ -425,7 +425,17 @@ def test_the_curvature_is_that_of_all_training_points(name: str, engine: str):
     assert (found.served().curvature - expected).norm() < 10 * max(case.tolerance, 1e-8) * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["SortedByAMatrix", "SortedAlongTheSecondAxis", "SortedByFirst"])
+SORTED = (
+    "SortedByFirst",
+    "SortedByAMatrix",
+    "SortedAlongTheSecondAxis",
+    "SortedByAnEmbedding",
+    "SortedByAFunctionOfItsOwn",
+    "SortedAsColumns",
+)
+
+
+@pytest.mark.parametrize("name", SORTED)
 def test_a_batch_in_which_nothing_moves_proves_nothing_for_the_next(name: str):
     case = CASES[name]
     inputs = case.inputs(ASKED, 3)
@@ -435,6 +445,17 @@ def test_a_batch_in_which_nothing_moves_proves_nothing_for_the_next(name: str):
     expected = torch.cat([predictor.features(one.unsqueeze(0))[1] for one in inputs])
     assert difference(predictor.features(inputs)[1], expected.double()) < case.tolerance
     assert difference(predictor.features(inputs[shuffled])[1], expected[shuffled].double()) < case.tolerance
+
+
+def test_a_layer_that_is_called_proves_nothing_where_it_is_not():
+    case = CASES["LayerOrItsFunction"]
+    inputs = case.inputs(ASKED, 3).abs()
+    predictor = fit(case, case.build(), case.inputs(POINTS, 1).abs(), "layerwise")
+    for some in (inputs, -inputs):
+        expected = torch.cat([predictor.features(one.unsqueeze(0))[1] for one in some])
+        assert difference(predictor.features(some)[1], expected.double()) < case.tolerance
+    slow = jacobian(case, -inputs) @ span(predictor, case.build())
+    assert difference(predictor.features(-inputs)[1][..., : predictor.rank], slow) < case.tolerance
 
 
 # Never written -------------------------------------------------------------------------------------------------------

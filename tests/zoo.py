@@ -386,6 +386,51 @@ class SortedAlongTheSecondAxis(Net):
         return self.h(self.g(z).tanh()).index_select(1, order.argsort()).squeeze(0)
 
 
+@case(vectors)
+class SortedByAnEmbedding(Net):
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return F.embedding(order.argsort(), self.h(self.g(F.embedding(order, self.f(x).tanh())).tanh()))
+
+
+class Permute(torch.autograd.Function):
+    """Called like an operation of torch's."""
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.order = order
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient[ctx.order.argsort()], None
+
+
+@case(vectors)
+class SortedByAFunctionOfItsOwn(Net):
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return Permute.apply(self.h(self.g(Permute.apply(self.f(x).tanh(), order)).tanh()), order.argsort())
+
+
+@case(vectors)
+class SortedAsColumns(Net):
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        columns = self.f(x).tanh().t().unbind(1)
+        z = self.h(self.g(torch.stack([columns[i] for i in order], 1).t()).tanh())
+        return torch.stack([z.t().unbind(1)[i] for i in order.argsort()], 1).t()
+
+
+@case(vectors)
+class LayerOrItsFunction(Net):
+    """For some batches a weight is used without its layer, in a graph of the same operations."""
+
+    def forward(self, x):
+        z = self.f(x).tanh()
+        return self.h((self.g(z) if x.mean() > 0 else F.linear(z, self.g.weight, self.g.bias)).tanh())
+
+
 @case(padded)
 class PackedLSTM(nn.Module):
     def __init__(self):
