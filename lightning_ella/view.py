@@ -404,10 +404,7 @@ class _Copier:
         if isinstance(value, types.MappingProxyType):
             return self._done(value, types.MappingProxyType(self(dict(value))))
         if isinstance(value, tuple):
-            made = self._done(value, tuple.__new__(type(value), map(self, value)))
-            if hasattr(made, "__dict__"):
-                vars(made).update(self(vars(value)))
-            return made
+            return self._tuple(value)
         if isinstance(value, frozenset):
             return self._done(value, frozenset(map(self, value)))
         if isinstance(value, functools.partial):
@@ -419,6 +416,16 @@ class _Copier:
         if isinstance(value, RANDOM):
             return self._state(value, self._copy(value))
         return self._object(value)
+
+    def _tuple(self, value: tuple) -> tuple:
+        items = [self(item) for item in value]
+        try:
+            made = tuple.__new__(type(value), items)  # which a class of the user's may make in another way
+        except TypeError:  # of a kind that is not written in Python, as torch.return_types
+            made = type(value)(items)
+        if hasattr(made, "__dict__"):
+            vars(made).update(self(vars(value)))
+        return self._done(value, made)
 
     def _object(self, value: Any) -> Any:
         """A copy of an object, made from its attributes whatever it says of copies: a singleton would be shared."""
@@ -533,23 +540,8 @@ class _Copier:
         return known and bool(_attributes(item))
 
 
-_ATOMS = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type,
-    types.ModuleType,
-    torch.dtype,
-    torch.device,
-    enum.Enum,
-)
-
-
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
+_ATOMS = (*_PLAIN, type, types.ModuleType, torch.dtype, torch.device, enum.Enum)
 
 
 def _blank(kind: type) -> Any:

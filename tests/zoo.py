@@ -282,6 +282,44 @@ class FeaturesByTheNamesOfModules(Net):
         return self.h(self.found["f"].tanh() * self.found["g"])
 
 
+class Option:
+    def __init__(self, name):
+        self.name = name
+
+
+SINE, TANH = Option("sine"), Option("tanh")
+
+
+@case(vectors)
+class ChoosesByIdentity(Net):
+    """Constants are objects with attributes, compared by identity and looked up."""
+
+    def __init__(self):
+        super().__init__()
+        self.option, self.ways = TANH, {SINE: torch.sin, TANH: torch.tanh}
+
+    def forward(self, x):
+        z = self.ways[self.option](self.f(x))
+        return self.h(self.g(z.tanh() if self.option is TANH else z).tanh())
+
+
+class Watcher:
+    """Takes its hook away at its end."""
+
+    def __init__(self, owner, layer):
+        self.owner, self.handle = owner, layer.register_forward_hook(lambda layer, args, out: 1.5 * out)
+
+    def __del__(self):
+        self.handle.remove()
+
+
+@case(vectors)
+class HookThatAnObjectTakesAway(Net):
+    def __init__(self):
+        super().__init__()
+        self.watcher = Watcher(self, self.g)
+
+
 class Meter:
     def __init__(self):
         self.count, self.seen = 0, []
