@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .batches import Inputs, Picked, call, num_samples, rows, slices
+from .copies import Cast
 from .folding import UNFOLDED, Folding, StaleError, find_folding
 from .forward_mode import ForwardMode, Reduce
 from .layerwise import MAX_COTANGENTS, Cotangents, Layerwise
@@ -25,7 +26,6 @@ from .linearize import Basis, Forward, Network, channel_axis, check_finite, hook
 from .memory import free_memory, keeping_pages
 from .numerics import BROKEN
 from .top import Selection
-from .view import Cast
 
 log = logging.getLogger(__name__)
 

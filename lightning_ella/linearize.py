@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .batches import Inputs, Picked, call, num_samples, rows
+from .copies import Cast
 from .numerics import eager, native_recurrence, plain_attention, repeatable
-from .view import Cast, NoShortcuts, View
+from .view import NoShortcuts, View
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from . import artefact
 from .batches import Inputs, Picked, Unpack, as_tree, call, inputs_and_targets, plain
+from .copies import Cast
 from .curvature import curvature
 from .data import Points, points_of
 from .engine import Linearization
@@ -31,7 +32,6 @@ from .predictions import ClassPrediction, Gaussian, shaped
 from .residual import with_probes
 from .settings import Settings
 from .top import Selection
-from .view import Cast
 
 FORMAT = "lightning-ella 3"
 MAX_HELD = 100_000  # points of a stream that are learnt from at once
