@@ -367,8 +367,10 @@ def _sized(settings: Settings, num_points: int) -> Settings:
     if settings.num_landmarks is not None:
         return settings
     count = min(MANY, num_points)
-    if count < MANY:
-        log.info("ELLA: all %d training points are landmarks.", count)
+    if num_points != MANY:  # nor where it is not known how many there are
+        log.info(
+            "ELLA: %s training points are landmarks.", f"{count} of {num_points}" if count == MANY else f"all {count}"
+        )
     return replace(settings, num_landmarks=count, rank=min(settings.rank, count))
 
 
