@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from .state import FOREIGN, slots_of
+from .state import FOREIGN, content_of, slots_of
 
 Cast = Callable[[str, Tensor], Tensor]  # name of a parameter or buffer ("" for other tensors), and its value
 Table = dict[str, Any]
@@ -256,7 +256,7 @@ class Copier:
         )
         self._done(function, made)
         for cell, original in zip(cells, function.__closure__ or (), strict=True):
-            if (held := _content(original)) is not cell:
+            if (held := content_of(original)) is not cell:
                 cell.cell_contents = self(held)
         made.__kwdefaults__ = self(function.__kwdefaults__)
         made.__defaults__ = self(function.__defaults__)
@@ -349,21 +349,13 @@ def _attributes(value: Any) -> Table:
         return {}
 
 
-def _content(cell: types.CellType) -> Any:
-    """What a cell holds; the cell itself where it is empty."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return cell
-
-
 def _parts(item: Any) -> list[Any]:
     """What an object holds, as far as it is the user's own."""
     if isinstance(item, types.MethodType):
         return [item.__func__, item.__self__]
     if isinstance(item, types.FunctionType):
         named = [item.__globals__.get(name) for name in item.__code__.co_names]
-        held = [_content(cell) for cell in item.__closure__ or ()]
+        held = [content_of(cell) for cell in item.__closure__ or ()]
         modules = [value for value in named if isinstance(value, nn.Module)]
         defaults = [*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
         return [*held, *modules, *defaults, *vars(item).values()]

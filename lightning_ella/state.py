@@ -102,7 +102,7 @@ class State:
 
     def _look_at_function(self, function: types.FunctionType, part: Part) -> Iterator[Part]:
         for cell in function.__closure__ or ():
-            if (held := _content(cell)) is not cell:
+            if (held := content_of(cell)) is not cell:
                 self._memories += [] if part.foreign else [_held(cell, held)]
                 yield part._replace(thing=held, own=False)
         known = (function.__globals__.get(name) for name in function.__code__.co_names)
@@ -253,14 +253,14 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def _held(cell: types.CellType, before: Any) -> Callable[[], bool]:
     def put_back() -> bool:
-        changed = _content(cell) is not before
+        changed = content_of(cell) is not before
         cell.cell_contents = before
         return changed
 
     return put_back
 
 
-def _content(cell: types.CellType) -> Any:
+def content_of(cell: types.CellType) -> Any:
     """What a cell holds; the cell itself where it is empty."""
     try:
         return cell.cell_contents
