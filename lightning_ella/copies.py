@@ -1,15 +1,13 @@
 """A structural copy of what belongs to a network: modules, containers, functions and objects, each thing once."""
 
 import copy
-import enum
 import functools
 import itertools
 import operator
 import pickle
-import random
 import types
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
@@ -19,15 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from .state import FOREIGN, content_of, slots_of
+from .state import ATOMS, CONTAINERS, FOREIGN, GENERATORS, content_of, packages_of, slots_of
 
 Cast = Callable[[str, Tensor], Tensor]  # name of a parameter or buffer ("" for other tensors), and its value
 Table = dict[str, Any]
 
-CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)  # that are copied, so that appending reaches no user
 WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary)
-RANDOM = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-STATES = (*CONTAINERS, *WEAK, *RANDOM, np.ndarray, bytearray, itertools.count, functools._lru_cache_wrapper)
+STATES = (*CONTAINERS, *WEAK, *GENERATORS, np.ndarray, bytearray, itertools.count, functools._lru_cache_wrapper)
 LARGE = 10**4  # entries of a container or array that is copied for good reason only, as objects are
 UNSEEN = ("_backward_hooks", "_backward_pre_hooks")  # change no outputs, and might keep gradients for their owner
 SILENT = ("log", "log_dict")  # a LightningModule may log in `forward`; what ELLA asks is nobody's metric
@@ -49,20 +45,20 @@ class Copier:
 
     def __init__(self, model: nn.Module, taken: Collection[str] | None, cast: Cast, changing: Collection[int] | None):
         self._taken, self._cast, self._changing = taken, cast, changing
-        self.copies_objects = False
+        self.copies_objects = False  # which may have to be shared
         named = [*model.named_buffers(), *model.named_parameters()]
         self.originals: dict[int, tuple[str, Tensor]] = {id(value): (name, value) for name, value in named}
         self.aliases: list[Tensor] = []
         self.states: list[tuple[Any, Any]] = []  # what a forward pass may leave something in, and its copy
         self._modules = {id(module) for module in model.modules()}
-        self._packages = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch"} - FOREIGN
+        self._packages = packages_of(model.modules())
         self._made: dict[int, Any] = {}  # by the original's id
         self._known: dict[int, bool] = {}  # whether something reaches the network
         self._kept: list[Any] = []  # ids are not used again meanwhile
 
     def __call__(self, value: Any) -> Any:
         """The copy, or the value itself where it knows nothing of the network."""
-        if type(value) in _PLAIN or isinstance(value, _ATOMS):
+        if type(value) in _PLAIN or isinstance(value, ATOMS):
             return value
         if id(value) in self._made:
             return self._made[id(value)]
@@ -195,7 +191,7 @@ class Copier:
             return self._done(value, made)
         if isinstance(value, np.ndarray):
             return self._state(value, value.copy())
-        if isinstance(value, RANDOM):
+        if isinstance(value, GENERATORS):
             return self._state(value, self._copy(value))
         return self._object(value)
 
@@ -235,7 +231,7 @@ class Copier:
 
     def _copy(self, value: Any) -> Any:
         try:
-            made = copy.deepcopy(value) if isinstance(value, RANDOM[1:]) else _copied(value)
+            made = copy.deepcopy(value) if isinstance(value, GENERATORS[1:]) else _copied(value)
             trouble = "its copy is itself"
         except Exception as error:
             made, trouble = value, str(error)
@@ -280,7 +276,7 @@ class Copier:
                 reaching.append(id(item))
             elif not isinstance(item, (nn.Module, Tensor)):
                 for part in _parts(item):
-                    if type(part) not in _PLAIN and not isinstance(part, _ATOMS):
+                    if type(part) not in _PLAIN and not isinstance(part, ATOMS):
                         stack += [part] if id(part) not in holders and id(part) not in self._known else []
                         reaching += [id(part)] if self._known.get(id(part)) else []
                         holders.setdefault(id(part), []).append(id(item))
@@ -296,7 +292,7 @@ class Copier:
         stack = [value]
         while stack:
             item = stack.pop()
-            if id(item) in seen or isinstance(item, (*_ATOMS, nn.Module, Tensor)):
+            if id(item) in seen or isinstance(item, (*ATOMS, nn.Module, Tensor)):
                 continue
             seen.add(id(item))
             shared = self._is_users(item) or (isinstance(item, (*CONTAINERS, np.ndarray)) and len(item) > LARGE)
@@ -323,7 +319,6 @@ class Copier:
 
 
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
-_ATOMS = (*_PLAIN, type, types.ModuleType, torch.dtype, torch.device, enum.Enum)
 
 
 def _blank(kind: type) -> Any:
@@ -389,7 +384,7 @@ def storage_of(tensor: Tensor) -> int:
 
 def contents_of(made: Any) -> Any:
     """What is in a container, an array, a random state or an object now."""
-    if isinstance(made, RANDOM):
+    if isinstance(made, GENERATORS):
         return pickle.dumps(made.get_state() if isinstance(made, torch.Generator) else made)
     if isinstance(made, (np.ndarray, bytearray, set)):
         return made.copy()
@@ -403,7 +398,7 @@ def _table(made: Any) -> Any:
 
 def differs(made: Any, contents: Any) -> bool:
     """Whether something else is in it than `contents_of` found."""
-    if isinstance(made, RANDOM):
+    if isinstance(made, GENERATORS):
         return contents_of(made) != contents
     if isinstance(made, np.ndarray):
         return made.tobytes() != contents.tobytes()
@@ -415,7 +410,7 @@ def differs(made: Any, contents: Any) -> bool:
 
 def refill(made: Any, contents: Any) -> None:
     """Put back what was in it. A random state goes on: a network that draws must not seem to be one that does not."""
-    if isinstance(made, RANDOM) or not differs(made, contents):
+    if isinstance(made, GENERATORS) or not differs(made, contents):
         return
     if isinstance(made, np.ndarray):
         np.copyto(made, contents)

@@ -179,7 +179,7 @@ class Network:
             self._settled = True
             few = rows(inputs, slice(0, 2))
             with torch.no_grad():
-                if self.view.copies_objects:
+                if self.view.copied.copies_objects:
                     whole = few.whole if isinstance(few, Picked) else few
                     changing = self.view.changed_by(lambda: self._forward(self.model, whole))
                     self._see(self._look_through(changing=changing))

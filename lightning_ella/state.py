@@ -4,8 +4,8 @@ import io
 import pickle
 import random
 import types
-from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from enum import Enum
 from functools import partial
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-CONTAINERS = (dict, list, set, deque)
+CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)  # by exact type: of a kind that can be made again
 ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.dtype, torch.device, Enum)
 FOREIGN = {"lightning", "pytorch_lightning", "lightning_fabric"}  # trainers and loggers, which know the whole program
 LIBRARIES = FOREIGN | {"torch", "numpy", "builtins"}
+OWN = frozenset(vars(nn.Module()))  # tables of every module
 CHAIN = ("sampler", "batch_sampler", "_sampler", "loader", "dataset", "data_source", "datasets", "collate_fn")
 DATA = ("dataset", "data_source", "datasets")
 SEARCHED = 2000  # objects that are looked through
@@ -27,6 +28,11 @@ ENTRIES = 10**5  # of a container that are remembered
 LOOKED_INTO = 1000  # entries of one that are looked through
 BYTES = 2**26  # of arrays and tensors that are remembered, small enough each to be no data set
 LARGEST = 2**24
+
+
+def packages_of(modules: Iterable[nn.Module]) -> set[str]:
+    """The packages that modules are from, without those that everybody's are derived from."""
+    return {type(module).__module__.partition(".")[0] for module in modules} - LIBRARIES
 
 
 class Part(NamedTuple):
@@ -62,9 +68,7 @@ class State:
             if id(part.thing) not in seen and not isinstance(part.thing, ATOMS):
                 seen[id(part.thing)] = part.thing
                 with suppress(Exception):  # of whatever kind it is: nothing of it is used
-                    for held in self._look(
-                        part
-                    ):  # a data set may be found by other ways, as among arguments that are kept
+                    for held in self._look(part):  # own ones first: they may be found by other ways, too
                         (waiting.appendleft if held.own else waiting.append)(held)
         self.found = list(seen.values())
 

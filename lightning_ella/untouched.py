@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -14,15 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .memory import free_memory
-from .state import ATOMS, FOREIGN, LIBRARIES, LOOKED_INTO, State
+from .state import ATOMS, CONTAINERS, FOREIGN, LOOKED_INTO, OWN, State, packages_of
 
 log = logging.getLogger(__name__)
 
 PLAIN = (bool, int, float, complex, str, bytes, torch.device, torch.dtype, torch.Size)  # compared by value
-CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)  # of parameters, hooks, …: compared entry by entry
 AS_BEFORE = "is as it would be without ELLA"
 REGISTERED = ("_parameters", "_buffers", "_modules")  # containers whose entries are attributes
-OWN = frozenset(vars(nn.Module()))  # tables of every module
 NAMED = 5  # of the places that differ
 
 
@@ -39,7 +36,7 @@ class Remembered:
     def __init__(self, module: nn.Module, others: Mapping[str, Any] = MappingProxyType({}), budget: int | None = None):
         self.changed: list[str] = []  # what was put back
         self.lost: list[str] = []  # what could not be
-        packages = {type(part).__module__.partition(".")[0] for part in module.modules()} - LIBRARIES
+        packages = packages_of(module.modules())
         self._places = [_Place(name, part, packages) for name, part in module.named_modules()]
         self._states = {name: State(other) for name, other in others.items()}
         left = free_memory(torch.device("cpu")) // 4 if budget is None else budget

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .copies import Cast, Copier, Table, contents_of, differs, refill, storage_of
+from .state import OWN
 
-OWN = frozenset(vars(nn.Module()))  # tables of every module
 FRAMES = 20  # of a module within another
 ROUNDS = 10  # of looking for what a forward pass writes to: one write may lead to another
 
@@ -113,11 +113,6 @@ class View:
             refill(made, contents)
         for value, before in self._counters:
             value.data.copy_(before)
-
-    @property
-    def copies_objects(self) -> bool:
-        """Whether there are copies of objects that may have to be shared."""
-        return self.copied.copies_objects
 
     def changed_by(self, evaluate: Callable[[], Any]) -> set[int]:
         """Ids of the user's objects, containers, arrays and random states that a forward pass changes."""
