@@ -234,7 +234,7 @@ def test_what_hooks_keep_is_put_back(tmp_path: Path, module: type[Net], data: ty
 def test_a_data_set_is_known_by_whatever_way_it_is_found_first():
     loader = DataLoader(data := Habits(Counter(), lambda counter, i: counter()))
     vars(loader).clear()
-    vars(loader).update({"arguments": (data,), "dataset": data})  # as Lightning keeps them
+    vars(loader).update({"found first": data.kept, "arguments": (data,), "dataset": data})  # as Lightning keeps them
     memory = State(loader)
     data[0]
     assert memory.put_back()
@@ -243,11 +243,14 @@ def test_a_data_set_is_known_by_whatever_way_it_is_found_first():
 
 def test_what_a_data_set_has_loaded_stays():
     data = Habits(None, lambda _, i: i)
+    data.rng = None  # type: ignore[attr-defined]
     memory = State(DataLoader(data))
+    data.rng = np.random.default_rng(0)  # type: ignore[attr-defined] - and is drawn from
     data.kept, data.more = np.ones(3), "loaded"  # type: ignore[attr-defined]
     memory.put_back()
     assert data.kept is not None
     assert data.more == "loaded"  # type: ignore[attr-defined]
+    assert data.rng is None  # type: ignore[attr-defined]
 
 
 def test_it_says_whether_something_had_changed():
