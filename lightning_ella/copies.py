@@ -99,8 +99,8 @@ class Copier:
         if isinstance(value, nn.Parameter):
             wanted = value.requires_grad if self._taken is None else name in self._taken
             alias = nn.Parameter(alias, wanted) if type(alias) is Tensor else alias.requires_grad_(wanted)
-        if vars(value):
-            vars(alias).update(vars(value))
+        for attribute, content in vars(value).items():
+            vars(alias).setdefault(attribute, content)  # subclasses keep their values in attributes
         self.originals.setdefault(id(value), ("a tensor", value))
         self.aliases.append(alias)
         return alias

@@ -81,7 +81,7 @@ def _sampled_scores(
     weighted = weights_of(likelihood, known, None if weights is None else weights[part])
     drawn = []
     for output, seed in zip(outputs, seeds[part], strict=True):
-        generator = torch.Generator(outputs.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)  # of the CPU: the same on every device
         drawn.append(likelihood.sample(output.unsqueeze(0), generator))
     scores = likelihood.score(outputs, torch.cat(drawn)) * weighted.sqrt().to(outputs).unsqueeze(-1)
     scores = shaped(scores, linearization.axis)

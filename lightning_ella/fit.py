@@ -491,7 +491,7 @@ def _cached(
     if not parts:  # more processes than points
         none = example.flatten(0, -2)[:0]
         none = none if top is None else none[:, : top + 1]
-        targets = likelihood.sample(none, torch.Generator(none.device))
+        targets = likelihood.sample(none, torch.Generator())
         return Observations(none, none.unsqueeze(2).expand(-1, -1, rank), targets, none.new_empty(0))
     return Observations(*(torch.cat(part) for part in zip(*parts, strict=True)))
 

@@ -56,7 +56,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Targets drawn from p(y|f)."""
+        """Targets drawn from p(y|f); the generator is the CPU's, so that they are the same on every device."""
 
     def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of y, in the shape of the targets, at outputs that are certain."""
@@ -209,8 +209,9 @@ class Classification(Likelihood):
         """A label each: where the distribution function passes a uniform number."""
         probs = outputs.double().softmax(-1)
         shape = (*outputs.shape[:-1], 1)
-        uniforms = torch.rand(shape, generator=generator, device=outputs.device, dtype=torch.float64)
-        return (probs.cumsum(-1) <= uniforms).sum(-1).clamp_max(outputs.shape[-1] - 1)
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
+        passed = probs.cpu().cumsum(-1) <= uniforms  # on CUDA its order, and so its rounding, is not fixed
+        return passed.to(outputs.device).sum(-1).clamp_max(outputs.shape[-1] - 1)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The one-hot label minus p."""
@@ -355,7 +356,7 @@ class MultiLabel(Likelihood):
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Zeros and ones."""
-        return torch.bernoulli(outputs.sigmoid(), generator=generator)
+        return torch.bernoulli(outputs.sigmoid().cpu(), generator=generator).to(outputs)
 
     def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Of a Bernoulli variable."""
@@ -426,7 +427,8 @@ class Poisson(Likelihood):
         """Counts; of large rates by the normal distribution that they come close to."""
         rates = outputs.clamp_max(LARGEST).exp()
         many = rates + _normal(rates, generator) * rates.sqrt()
-        return torch.where(rates > 1e6, many.round(), torch.poisson(rates.clamp_max(1e6), generator=generator))
+        few = torch.poisson(rates.clamp_max(1e6).cpu(), generator=generator).to(rates)
+        return torch.where(rates > 1e6, many.round(), few)
 
     def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Both the rate, e^40 at most."""
@@ -628,7 +630,7 @@ def _normal_log_prob(residuals: Tensor, variance: Tensor) -> Tensor:
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {

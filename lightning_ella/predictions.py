@@ -285,7 +285,7 @@ class Prediction:
         """Targets (S, *, C) or (S, *); two or more for each draw where there are few draws."""
         assert self.likelihood is not None
         logits = self.likelihood.tempered(logits or self.logits, self.temperature)
-        generator = torch.Generator(logits.mean.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         copies = max(1, FEWEST_TARGETS // len(logits.draws))  # a network that is certain has one draw
         return self.likelihood.sample(logits.samples().repeat_interleave(copies, 0), generator)
 
@@ -442,10 +442,9 @@ class NormalPrediction(Prediction):
         return self.logits.mean, self.logits.variance + self.noise_variance
 
     def _targets(self, seed: int = 0, logits: Gaussian | None = None) -> Tensor:
-        generator = torch.Generator(self.logits.mean.device).manual_seed(seed)
         drawn = (logits or self.logits).samples()
-        noise = torch.randn(drawn.shape, generator=generator, device=drawn.device, dtype=drawn.dtype)
-        return drawn + noise * self.noise_variance.sqrt()
+        noise = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(seed), dtype=drawn.dtype)
+        return drawn + noise.to(drawn.device) * self.noise_variance.sqrt()
 
     def _quantiles(self, q: Tensor) -> Tensor:
         mean, variance = self._moments

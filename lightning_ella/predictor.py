@@ -147,8 +147,7 @@ class ELLAPredictor(nn.Module):
 
     def _predict(self, inputs: Inputs, targets: Tensor | None = None) -> tuple[Any, Selection | None]:
         with self._lock, as_function():
-            self._check_weights()
-            logits, features, kept = self._look(inputs, self._linearization, targets)
+            logits, features, kept = self._look(inputs, targets=targets)
             gaussian = Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
             prediction = self.likelihood.predict(gaussian, self.settings["predictive"], self.temperature.to(logits))
             prediction.axis = self.axis
@@ -166,9 +165,7 @@ class ELLAPredictor(nn.Module):
         Raises:
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
-        with self._lock:
-            self._check_weights()
-            return self._look(inputs, self._linearization)[:2]
+        return self._look(inputs)[:2]
 
     def sample_functions(self, num_functions: int, seed: int = 0) -> "SampledFunctions":
         """Draw S networks from the posterior, as functions that can be evaluated anywhere.
@@ -192,8 +189,7 @@ class ELLAPredictor(nn.Module):
         if forward is None:
             self._refuse_top("outputs(inputs, forward)")
         with self._lock, as_function():
-            way = self._through(forward) if forward is not None else None
-            logits, features = self.features(inputs) if way is None else self._look(inputs, way)[:2]
+            logits, features, _ = self._look(inputs, forward)
             return Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
 
     def update(self, loader: DataLoader, unpack: Unpack = inputs_and_targets) -> Self:
@@ -223,12 +219,12 @@ class ELLAPredictor(nn.Module):
         with self._lock:
             both = self._curvature_of(loader, unpack, probes=True)
             with as_function():
-                return measure(self._linearization, self._all(loader, unpack), self.likelihood, both, self.rank)
+                return measure(self._here(), self._all(loader, unpack), self.likelihood, both, self.rank)
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return self._linearization.device
+        return next((p.device for p in self.model.parameters()), self._linearization.device)
 
     @property
     def axis(self) -> int | None:
@@ -243,6 +239,7 @@ class ELLAPredictor(nn.Module):
     @property
     def posterior(self) -> Posterior:
         """The Gaussian over the coordinates of the basis and of the probes."""
+        self._follow()
         return Posterior(self.curvature, *(getattr(self, name) for name in SCALES))
 
     @property
@@ -307,11 +304,11 @@ class ELLAPredictor(nn.Module):
         return cls(model, basis=basis, forward=forward, **described, **parts)  # type: ignore[arg-type]
 
     def _look(
-        self, inputs: Inputs, linearization: Linearization, targets: Tensor | None = None
+        self, inputs: Inputs, forward: Forward | None = None, targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Selection | None]:
-        top = self.settings["top_outputs"] if linearization is self._linearization else None
         with self._lock, as_function():
-            self._follow()
+            linearization = self._here() if forward is None else self._through(forward)
+            top = self.settings["top_outputs"] if forward is None else None
             own = self._told_apart(tree_map(_constant, plain(as_tree(inputs), self.device)), linearization)
             temperature = 1.0 if top is None else float(self.temperature)
             return linearization.look(own, self._tangents, top, targets, temperature)
@@ -349,12 +346,11 @@ class ELLAPredictor(nn.Module):
             len(points.numbers)
         )  # what is drawn for a point of a loader can be taken out by the same loader
         with self._lock, as_function():
-            self._check_weights()
-            self._follow()
+            linearization = self._here()
             tangents = self._tangents if probes else self.basis
             batches = tqdm(points.batches(points.numbers, self.device), desc="ELLA curvature", unit="batch")
             return curvature(
-                *(self._linearization, batches, tangents, self.likelihood, len(points)), how=how, seeds=seeds, top=top
+                *(linearization, batches, tangents, self.likelihood, len(points)), how=how, seeds=seeds, top=top
             )
 
     @staticmethod
@@ -373,10 +369,9 @@ class ELLAPredictor(nn.Module):
 
     def _through(self, forward: Forward) -> Linearization:
         """The network seen through another function; the last one is kept."""
-        self._check_weights()
-        self._follow()
+        here = self._here()
         if self._view is None or self._view[0] is not forward:
-            ours = self._linearization.network.view.tensors
+            ours = here.network.view.tensors
             self._view = forward, self._linearized(forward, lambda n, value: value.to(ours[n]) if n in ours else value)
         return self._view[1]
 
@@ -386,9 +381,15 @@ class ELLAPredictor(nn.Module):
             _compare(self.fingerprint, self.model, self.counted, "this posterior", self.origin)
             self._verified = versions
 
+    def _here(self) -> Linearization:
+        """The network, with the weights that the posterior is of, where it is now; and the posterior with it."""
+        self._check_weights()
+        self._follow()
+        return self._linearization
+
     def _follow(self) -> None:
         """Move the posterior, and the view, to where the network is now; its type is the predictor's own."""
-        device = next((p.device for p in self.model.parameters()), self._linearization.device)
+        device = self.device
         if self._linearization.device != device:
             types = {name: value.dtype for name, value in self._linearization.network.view.tensors.items()}
             self._cast(lambda name, value: value.to(device, types.get(name, value.dtype)))
