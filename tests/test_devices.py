@@ -85,7 +85,7 @@ def test_a_fit_elsewhere_is_the_one_on_the_cpu(case: Case, engine: str):
     for place in ("cpu", device()):
         predictor = fit_ella(case.model.to(place), case.loader(), case.loader(13), engine=engine, **SMALL)
         out = predictor(to(case.rows(slice(5)), place))
-        assert out.probs.device == torch.device(place)
+        assert out.probs.device == predictor.draws.device == torch.device(place)
         found.append([out.probs, out.novelty, out.logits_covariance, out.mutual_information, predictor.curvature])
     assert all(one.equal(other.cpu()) for one, other in zip(*found, strict=True))
 
