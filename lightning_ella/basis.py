@@ -233,7 +233,7 @@ def _gram(rows: Tensor, num_landmarks: int, world: World) -> Tensor | None:
     """R Rᵀ (M, M), on the first process, from rows that are shared out."""
     gram = rows.new_zeros(num_landmarks, num_landmarks, dtype=torch.float64) if world.first else None
     for columns in rows.split(COLUMNS, dim=1):
-        gathered = world.gather_rows(columns)
+        gathered = world.gather_rows(columns, num_landmarks)
         if gram is not None and gathered is not None:
             _add_products(gram, gathered)
     return None if gram is None else gram.triu() + gram.triu(1).T

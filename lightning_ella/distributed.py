@@ -2,12 +2,16 @@
 
 Work and exchange alternate. Work happens inside `World.together`: each process on its own, and if one of them fails,
 all raise. Sums and broadcasts come after it, when none is missing, so that no process waits for one that has given up.
+
+NCCL has no exception for a process that is lost: it waits, and then ends the others. So whatever is small goes over
+gloo, and before large tensors go over NCCL every process has answered there.
 """
 
 import logging
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +23,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 T = TypeVar("T")
 
+FEW = 64  # numbers, which go over gloo wherever they are: their sum is waited for anyway
+
 
 class _StoppedError(Exception):
     """Another process has failed; this one has no error of its own."""
@@ -29,11 +35,17 @@ class World:
 
     Args:
         group: its processes fit together; None for this one alone.
-        device: what collectives work on: NCCL needs the GPU of this process (untested), gloo takes the CPU.
+        device: the GPU of this process, which NCCL works on (untested); gloo takes the CPU.
+
+    Raises:
+        ValueError: if the GPU is not the current one, so that NCCL would take another.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"):
-        self.group, self.device = group, torch.device(device)
+        self.group, self.control, self.device = group, group, torch.device("cpu")
+        if group is not None and _is_nccl(group):
+            _check_current(device)
+            self.control, self.device = _control_of(group), torch.device(device)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._stage = "the start"
@@ -90,20 +102,20 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place."""
         if self.size > 1:
-            self._in_place(tensor, lambda values: dist.all_reduce(values, group=self.group))
+            self._in_place(tensor, lambda values, group: dist.all_reduce(values, group=group))
         return tensor
 
     def smallest(self, number: int) -> int:
         """Find the least of the processes' numbers."""
         least = torch.tensor(number)
         if self.size > 1:
-            self._in_place(least, lambda values: dist.all_reduce(values, dist.ReduceOp.MIN, group=self.group))
+            self._in_place(least, lambda values, group: dist.all_reduce(values, dist.ReduceOp.MIN, group=group))
         return int(least)
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor by the first process's, in place."""
         if self.size > 1:
-            self._in_place(tensor, lambda values: dist.broadcast(values, group=self.group, group_src=0))
+            self._in_place(tensor, lambda values, group: dist.broadcast(values, group=group, group_src=0))
         return tensor
 
     def object_from_first(self, value: T) -> T:
@@ -111,7 +123,7 @@ class World:
         values = [value]
         if self.size > 1:
             with self._contact():
-                dist.broadcast_object_list(values, group=self.group, group_src=0, device=self.device)
+                dist.broadcast_object_list(values, group=self.control, group_src=0, device=torch.device("cpu"))
         return values[0]
 
     def tensors_from_first(self, tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
@@ -125,11 +137,15 @@ class World:
             found[name] = self.from_first(value.contiguous())
         return found
 
-    def gather_rows(self, rows: Tensor) -> Tensor | None:
-        """Put together rows that were shared out in turns, (n, …), on the first process; None on the others."""
+    def gather_rows(self, rows: Tensor, total: int | None = None) -> Tensor | None:
+        """Put together rows that were shared out in turns, (n, …), on the first process; None on the others.
+
+        `total` is how many there are on all of them, where `share` has shared them out; else all are asked.
+        """
         if self.size == 1:
             return rows
-        counts = self._everyone(len(rows))
+        shares = [len(range(rank, total or 0, self.size)) for rank in range(self.size)]
+        counts = self._everyone(len(rows)) if total is None else shares
         padded = rows.new_zeros(max(counts), *rows.shape[1:], device=self.device)
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.first else None
@@ -177,15 +193,16 @@ class World:
         values = [value] * self.size
         if self.size > 1:
             with self._contact():
-                dist.all_gather_object(values, value, group=self.group)
+                dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def _in_place(self, tensor: Tensor, collective: Any) -> None:
-        values = tensor.to(self.device)
-        with self._contact():
-            collective(values)
-        if values is not tensor:
-            tensor.copy_(values)
+    def _in_place(self, tensor: Tensor, collective: Callable[[Tensor, Any], Any]) -> None:
+        few = tensor.numel() <= FEW
+        with self._contact():  # NCCL's is over when its result has been copied, or never
+            values = tensor.to("cpu" if few else self.device).contiguous()
+            collective(values, self.control if few else self.group)
+            if values is not tensor:
+                tensor.copy_(values)
 
     @contextmanager
     def _contact(self) -> Iterator[None]:
@@ -200,8 +217,40 @@ class World:
             ) from error
 
     def _timeout(self) -> str:
+        found = None if self.control is None else _timeout_of(self.control)
+        return "" if found is None else f" of {found.total_seconds():.0f} s"
+
+
+_controls: weakref.WeakKeyDictionary[dist.ProcessGroup, Any] = weakref.WeakKeyDictionary()
+
+
+def _control_of(group: dist.ProcessGroup) -> Any:
+    """A gloo group of the same processes, with the same timeout; one for each group."""
+    if group not in _controls:
+        ranks = dist.get_process_group_ranks(group)
+        timeout = _timeout_of(group)
+        _controls[group] = dist.new_group(ranks, timeout, backend="gloo", use_local_synchronization=True)
+    return _controls[group]
+
+
+def _is_nccl(group: dist.ProcessGroup) -> bool:
+    """Whether tensors on GPUs go over NCCL in this group."""
+    return "nccl" in str(dist.get_backend_config(group))
+
+
+def _check_current(device: torch.device | str) -> None:
+    index = torch.device(device).index
+    if torch.device(device).type == "cuda" and index is not None and torch.cuda.current_device() != index:
+        raise ValueError(
+            f"the network is on cuda:{index}, but this process works on cuda:{torch.cuda.current_device()}, which NCCL "
+            f"would take: call torch.cuda.set_device({index}) first."
+        )
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    for device in ("cuda", "cpu"):
         try:
-            found: timedelta = self.group._get_backend(self.device).options._timeout  # type: ignore[union-attr]
-        except (AttributeError, RuntimeError):  # not public
-            return ""
-        return f" of {found.total_seconds():.0f} s"
+            return group._get_backend(torch.device(device)).options._timeout
+        except (AttributeError, RuntimeError):  # not public; or not a device of this group
+            continue
+    return None

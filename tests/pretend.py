@@ -120,9 +120,10 @@ def _library() -> torch.library.Library:
     for full in torch._C._dispatch_get_all_op_names():
         name, _, overload = full.removeprefix("aten::").partition(".")
         op = getattr(getattr(torch.ops.aten, name, None), overload or "default", None)
-        if full.startswith("aten::") and op is not None and any(a.name == "device" for a in op._schema.arguments):
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
-                library.impl(full[6:], lambda *args, op=op, **kwargs: _do(op, args, kwargs), "PrivateUse1")
+        if not full.startswith("aten::") or op is None or all(a.name != "device" for a in op._schema.arguments):
+            continue
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
+            library.impl(full[6:], lambda *args, op=op, **kwargs: _do(op, args, kwargs), "PrivateUse1")
     return library
 
 

@@ -37,29 +37,35 @@ def to(value: Any, place: torch.device | str) -> Any:
     return {name: leaf.to(place) for name, leaf in value.items()} if isinstance(value, dict) else value.to(place)
 
 
-def test_devices_do_not_meet():
-    host = torch.randn(3, 3)
-    there = host.to(device())
-    number, index = torch.zeros(()), torch.zeros(2, dtype=torch.long)
-    meetings: dict[str, Callable[[], Any]] = {
-        "a sum": lambda: host + there,
-        "a product": lambda: nn.functional.linear(host, there),
-        "in place": lambda: there.add_(host),
-        "concatenation": lambda: torch.cat([there, host]),
-        "numbers put together": lambda: torch.stack([there.sum(), number]),
-        "indices there": lambda: host[index.to(device())],
-        "values from the CPU": lambda: there.index_put_((index,), torch.ones(2, 3)),
-        "random numbers": lambda: torch.rand(3, generator=torch.Generator(), device=device()),
-        "numpy": lambda: there.numpy(),
-    }
-    for what, meet in meetings.items():
-        with pytest.raises((RuntimeError, TypeError)):
-            meet()
-            pytest.fail(what)
-    assert (there + number).device == there[index].device == torch.zeros(2, device=device()).device == device()
+HOST = torch.arange(9.0).view(3, 3)
+MEETINGS: dict[str, Callable[[Tensor], Any]] = {
+    "a sum": lambda there: HOST + there,
+    "a product": lambda there: nn.functional.linear(HOST, there),
+    "in place": lambda there: there.add_(HOST),
+    "concatenation": lambda there: torch.cat([there, HOST]),
+    "numbers put together": lambda there: torch.stack([there.sum(), HOST.sum()]),
+    "indices from there": lambda there: HOST[there[0].long()],
+    "values from the CPU": lambda there: there.index_put_((torch.tensor([0]),), HOST[:1]),
+    "random numbers": lambda there: torch.rand(3, generator=torch.Generator(), device=there.device),
+    "numpy": lambda there: there.numpy(),
+    "forward mode": lambda there: torch.func.jvp(lambda x: x * HOST, (there,), (there,)),
+    "vmap": lambda there: torch.func.vmap(lambda x: x + HOST)(there),
+}
+
+
+@pytest.mark.parametrize("what", MEETINGS)
+def test_devices_do_not_meet(what: str):
+    with pytest.raises((RuntimeError, TypeError), match=r"same device|device type|host memory"):
+        MEETINGS[what](HOST.to(device()))
+
+
+def test_devices_meet_where_they_may():
+    there = HOST.to(device())
+    assert (there + torch.ones(())).device == there[torch.tensor([0])].device == device()
+    assert torch.zeros(2, device=device()).device == there.new_ones(3).device == device()
     assert type(there.cpu()) is Tensor
-    assert there.cpu().equal(host)
-    assert host.copy_(there + 1).equal(there.cpu() + 1)
+    assert there.cpu().equal(HOST)
+    assert HOST.clone().copy_(there + 1).equal(HOST + 1)
 
 
 def test_a_module_that_moves_keeps_its_parameters_and_trains_as_on_the_cpu():
@@ -68,7 +74,7 @@ def test_a_module_that_moves_keeps_its_parameters_and_trains_as_on_the_cpu():
         torch.manual_seed(0)
         network, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.randn(8, 3)
         parameters = list(network.parameters())
-        assert all(map(lambda one, other: one is other, parameters, network.to(place).parameters()))
+        assert all(one is other for one, other in zip(parameters, network.to(place).parameters(), strict=True))
         optimizer = torch.optim.Adam(network.parameters(), 0.1)
         for _ in range(3):
             optimizer.zero_grad()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ella import LIKELIHOODS, Settings
 from lightning_ella.basis import _eigh
-from lightning_ella.distributed import World
+from lightning_ella.distributed import FEW, World, _check_current, _timeout_of
 from lightning_ella.fit import run
 
 MOST = 4
@@ -339,6 +339,50 @@ def without_gradient(world: World) -> None:
 def test_what_the_first_process_does_alone_may_fail(pool: Pool):
     answers = pool(3, without_gradient)
     assert all("every gradient at the landmarks is zero" in answer for answer in answers)
+
+
+def as_with_nccl(world: World) -> dict[str, Any]:
+    """A fit whose group is taken for one of NCCL's, and what went over which group."""
+    sent: dict[str, list[int]] = {"data": [], "control": []}
+
+    def noted(name: str) -> Callable:
+        collective = getattr(dist, name)
+
+        def called(values: Any, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+            size = values.numel() if isinstance(values, Tensor) else -1
+            sent["data" if group is data else "control"].append(size)
+            return collective(values, *args, group=group, **kwargs)
+
+        return called
+
+    names = ("all_reduce", "broadcast", "broadcast_object_list", "all_gather_object")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_ella.distributed._is_nccl", lambda group: True)
+        for name in names:
+            patch.setattr(dist, name, noted(name))
+        ranks, timeout = dist.get_process_group_ranks(world.group), timedelta(seconds=61)
+        data: Any = dist.new_group(ranks, timeout, use_local_synchronization=True)
+        both = World(data), World(data)
+        assert both[0].control is both[1].control is not data  # one for all fits
+        assert _timeout_of(both[0].control) == timeout
+        return fitted(both[1], Problem()) | {"sent": sent}
+
+
+def test_with_nccl_whatever_is_small_goes_over_gloo(pool: Pool):
+    alone = fitted(World(), Problem())
+    for answer in pool(2, as_with_nccl):
+        assert isinstance(answer, dict), answer
+        sent = answer.pop("sent")
+        assert min(sent["data"]) > FEW >= max(sent["control"])
+        assert -1 in sent["control"]  # objects
+        assert_same(answer, alone, 1e-10)
+
+
+def test_nccl_is_told_to_use_the_network_s_gpu():
+    with mock.patch("torch.cuda.current_device", return_value=0):
+        _check_current("cuda:0")
+        with pytest.raises(ValueError, match=r"call torch\.cuda\.set_device\(1\) first"):
+            _check_current("cuda:1")
 
 
 def test_sums_and_rows_cross_processes(pool: Pool):
