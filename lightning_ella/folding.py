@@ -22,12 +22,15 @@ from .batches import Inputs
 from .linearize import Basis, Network, hooked, is_plain
 
 
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
 @dataclass(frozen=True)
 class Pair:
     """A convolution whose output goes into a BatchNorm and nowhere else."""
 
     conv: nn.Conv2d
-    norm: nn.BatchNorm2d
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -116,7 +119,7 @@ class _Way:
         self._watch(self.output, conv.weight, conv.bias)
         return self.output
 
-    def shift(self, norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
+    def shift(self, norm: nn.BatchNorm2d | nn.SyncBatchNorm, input: Tensor) -> Tensor:
         """All that is left of the BatchNorm."""
         if input is not self.output or self.once is None:
             raise StaleError
@@ -172,12 +175,12 @@ def find_folding(network: Network, inputs: Inputs, names: Collection[str]) -> Fo
     def record(layer: nn.Module, args: tuple, output: Tensor) -> None:
         if isinstance(layer, nn.Conv2d):
             produced[id(output)] = layer, output
-        elif isinstance(layer, nn.BatchNorm2d) and args and id(args[0]) in produced:
+        elif isinstance(layer, NORMS) and args and id(args[0]) in produced:
             pairs.append(Pair(produced[id(args[0])][0], layer))
 
     layers = [m for m in network.model.modules() if not m._forward_hooks and not m._forward_pre_hooks]
     convolutions = [layer for layer in layers if is_plain(layer, nn.Conv2d)]
-    norms = [n for n in layers if is_plain(n, nn.BatchNorm2d) and n.affine and n.track_running_stats]
+    norms = [n for n in layers if any(is_plain(n, k) for k in NORMS) and n.affine and n.track_running_stats]
     with hooked([*convolutions, *norms], record), Uses() as uses:
         network(inputs)
     outputs = {id(conv): output for conv, output in produced.values()}
@@ -209,12 +212,12 @@ class Uses(TorchFunctionMode):
         return result
 
 
-def _mean(norm: nn.BatchNorm2d) -> Tensor:
+def _mean(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Tensor:
     assert norm.running_mean is not None
     return norm.running_mean
 
 
-def _deviation(norm: nn.BatchNorm2d) -> Tensor:
+def _deviation(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Tensor:
     assert norm.running_var is not None
     return (norm.running_var + norm.eps).sqrt()
 

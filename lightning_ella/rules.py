@@ -109,7 +109,7 @@ def check_batched(layer: Convolution | Transposed, inputs: Tensor) -> None:
         raise NoRuleError(f"{type(layer).__name__} is called without a batch")
 
 
-def with_shift(norm: nn.BatchNorm2d, layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
+def with_shift(norm: nn.BatchNorm2d | nn.SyncBatchNorm, layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
     """A convolution and the BatchNorm folded into it, of which only the shift is left: one gradient serves both."""
     yield norm.bias, by_sample(Rows(gradients.sum((3, 4))), gradients, B)
     yield from conv(layer, inputs, gradients, B)
@@ -225,6 +225,7 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.BatchNorm1d: batch_norm,
     nn.BatchNorm2d: batch_norm,
     nn.BatchNorm3d: batch_norm,
+    nn.SyncBatchNorm: batch_norm,
     nn.GroupNorm: group_norm,
     nn.LayerNorm: layer_norm,
     nn.RMSNorm: rms_norm,

@@ -109,6 +109,7 @@ def subclassed() -> Net:
 NETWORKS: dict[str, tuple[Callable[[], Net], int]] = {  # and how many of its BatchNorms can be folded
     "plain": (Net, 2),
     "channels_last": (lambda: Net().to(memory_format=torch.channels_last), 2),
+    "synchronised": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(Net()), 2),
     "frozen weight": (lambda: frozen("conv1.weight"), 1),
     "frozen scale": (lambda: frozen("bn2.weight"), 1),
     "another kind of BatchNorm": (subclassed, 1),

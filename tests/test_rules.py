@@ -202,7 +202,7 @@ CASES: dict[str, Case] = {
     "root mean square of channels": (lambda: timm.layers.RmsNorm2d(4), floats(4, 3, 2), "by_vjp"),
     "Llama's norm": (lambda: LlamaRMSNorm(4), floats(3, 4), "by_vjp"),
     "Gemma's norm": (lambda: GemmaRMSNorm(4), floats(3, 4), "by_vjp"),
-    "batch norm that is synchronised": (lambda: nn.SyncBatchNorm(4), floats(4, 3), "by_vjp"),
+    "batch norm that is synchronised": (lambda: nn.SyncBatchNorm(4), floats(4, 3), "batch_norm"),
     "padding of its own": (lambda: timm.layers.Conv2dSame(2, 3, 3, 2), floats(2, 5, 4), "by_vjp"),
     "standardized weights": (lambda: Standardized(2, 3, 3), floats(2, 5, 4), "by_vjp"),
     "an own layer": (lambda: Scale(4), floats(3, 4), "by_vjp"),
