@@ -84,7 +84,7 @@ def rows(inputs: Inputs, part: slice | Tensor) -> Inputs:
 
 def slices(total: int, size: int) -> list[slice]:
     """0 … total in pieces of about the same size, `size` at most."""
-    size = max(1, ceil(total / max(1, ceil(total / size))))
+    size = max(1, ceil(total / max(1, ceil(total / max(1, size)))))
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 

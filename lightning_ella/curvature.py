@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, slices
+from .chunks import chunks
 from .distributed import World
 from .engine import Linearization
 from .likelihoods import Likelihood
@@ -15,7 +16,6 @@ from .observations import checked, observations, weights_of
 from .predictions import shaped
 
 CURVATURES = ("exact", "sampled")
-ROWS = 2**24  # numbers of features that are looked at at a time
 
 
 def curvature(
@@ -53,7 +53,7 @@ def curvature(
         for inputs, targets, weights in (Batch(*batch) for batch in batches):
             if how == "exact":
                 for seen in observations(linearization, likelihood, Batch(inputs, targets, weights), basis, top=top):
-                    for part in slices(len(seen.logits), max(1, ROWS // max(1, seen.features[:1].numel()))):
+                    for part in slices(len(seen.logits), chunks(total).features // max(1, seen.features[:1].numel())):
                         some = seen.rows(part)
                         scaled = some.features.double() * some.weights.double().sqrt().view(-1, 1, 1)  # type: ignore[union-attr]
                         total += likelihood.curvature(some.logits.double(), scaled)

@@ -7,23 +7,25 @@ in `ENGINES` and `_engine`.
 
 import logging
 import operator
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
 from .batches import Inputs, Picked, call, num_samples, rows, slices
+from .chunks import chunks
 from .copies import Cast
 from .folding import UNFOLDED, Folding, StaleError, find_folding
 from .forward_mode import ForwardMode, Reduce
 from .layerwise import MAX_COTANGENTS, Cotangents, Layerwise
-from .linearize import Basis, Forward, Network, channel_axis, check_finite, hooked, version
-from .memory import free_memory, keeping_pages
+from .linearize import Basis, Forward, Network, channel_axis, check_finite, version
+from .memory import free_memory, give_back, keeping_pages
 from .numerics import BROKEN
 from .top import Selection
 
@@ -32,11 +34,8 @@ log = logging.getLogger(__name__)
 ENGINES = ("auto", "forward", "layerwise")
 PRECISIONS = ("full", "bf16")
 TANGENTS = 20  # that go through the network at a time
-MAX_SAMPLES = 64
-# Bytes of activations that are worked on at a time. More is slower on a CPU, whose caches are small: on ResNet-20,
-# 500 samples x 20 tangents take a third more time a sample than 16 x 20. A GPU wants more at a time. Untested there.
-FORWARD_WORK = {"cpu": 2**26, "cuda": 2**32}  # largest activation, and a copy, x samples x tangents
-REVERSE_WORK = {"cpu": 2**29, "cuda": 2**31}  # all activations x samples x (1 + cotangents)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,9 @@ class Sizes:
     """What a forward pass of one sample takes."""
 
     num_outputs: int  # C
-    activations: int  # bytes of the outputs of all layers
-    largest: int  # bytes of the largest of them
+    held: int  # bytes that autograd saves, whichever functions they are for, and inputs of layers
+    cotangent: int  # bytes that a cotangent adds: of the outputs of layers with a rule
+    largest: int  # bytes of the largest activation
 
 
 class Linearization:
@@ -90,7 +90,8 @@ class Linearization:
         self.memory_budget = memory_budget or free_memory(self.network.device) // 4
         self._dtype = torch.bfloat16 if precision == "bf16" else None
         self.layerwise = Layerwise(self.network)
-        self._sizes: Sizes | None = None
+        self._sizes: dict[bool, Sizes] = {}  # by whether the network is folded
+        self._fitting_samples = sys.maxsize  # fewer once so many have not fitted the memory
         self._folding: Folding | None = None
         self._folded: Basis | None = None
         self._folded_from: list[Tensor] = []
@@ -135,9 +136,10 @@ class Linearization:
         engine = self._engine(inputs, basis)
         logits, features = [], []
         with keeping_pages(self.device):
-            for part in slices(num_samples(inputs), self._samples_for_features(inputs, engine)):
-                chunk = rows(inputs, part)
-                outputs, products = self._differentiated(chunk, basis)
+            most = self._samples_for_features(inputs, engine, basis)
+            for chunk, (outputs, products) in self._in_parts(
+                inputs, most, lambda chunk, _: self._differentiated(chunk, basis)
+            ):
                 asked_again = self.precision != "full" or self.network.takes_shortcuts
                 logits.append(self.network.own(chunk) if asked_again else outputs)
                 features.append(products.to(logits[-1].dtype))
@@ -176,12 +178,15 @@ class Linearization:
 
     def gradients(self, inputs: Inputs, outputs: Tensor) -> Iterator[dict[str, Tensor]]:
         """Yield, a chunk of samples at a time, name -> ∇_θ f_c(x), (b, p), with c = `outputs[i]` at the i-th input."""
-        for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1, hold_rows=True)):
+
+        def gradients(chunk: Inputs, part: slice) -> dict[str, Tensor]:
             # Sequences of other lengths have other numbers of outputs.
-            chosen = lambda f, part=part: nn.functional.one_hot(outputs[part] % f.shape[1], f.shape[1]).unsqueeze(1)  # noqa: E731
+            chosen: Cotangents = lambda f: nn.functional.one_hot(outputs[part] % f.shape[1], f.shape[1]).unsqueeze(1)  # noqa: E731
             with keeping_pages(self.device):
-                gradients = self.layerwise.rows(rows(inputs, part), chosen)
-            yield {name: gradients.pop(name).squeeze(1) for name in self.parameters}
+                return self.layerwise.rows(chunk, chosen)
+
+        for _, found in self._in_parts(inputs, self._samples(inputs, cotangents=1, hold_rows=True), gradients):
+            yield {name: found.pop(name).squeeze(1) for name in self.parameters}
 
     def projections(
         self, inputs: Inputs, cotangents: Callable[[Tensor, slice], Tensor], basis: Basis
@@ -190,32 +195,56 @@ class Linearization:
 
         v = `cotangents(outputs, part)`, (b, C), is asked for some of the samples at a time.
         """
-        logits, projections = [], []
+
+        def projected(chunk: Inputs, part: slice) -> tuple[Tensor, Tensor]:
+            single: Cotangents = lambda outputs: cotangents(outputs, part).unsqueeze(1)  # noqa: E731
+            return self._folded_way(chunk, basis, partial(self.layerwise.products, chunk, single))
+
         with keeping_pages(self.device):
-            for part in slices(num_samples(inputs), self._samples(inputs, cotangents=1)):
-                single: Cotangents = lambda outputs, part=part: cotangents(outputs, part).unsqueeze(1)  # noqa: E731
-                chunk = rows(inputs, part)
-                products_with = partial(self.layerwise.products, chunk, single)
-                outputs, products = self._folded_way(chunk, basis, products_with)
-                logits.append(outputs)
-                projections.append(products.squeeze(1))
-        return check_finite(torch.cat(logits)), torch.cat(projections)
+            most = self._samples(inputs, cotangents=1, folding=self._fold(inputs, basis)[0])
+            found = [pair for _, pair in self._in_parts(inputs, most, projected)]
+        logits, projections = (torch.cat(part) for part in zip(*found, strict=True))
+        return check_finite(logits), projections.squeeze(1)
 
-    def sizes(self, inputs: Inputs) -> Sizes:
+    def sizes(self, inputs: Inputs, folding: Folding = UNFOLDED) -> Sizes:
         """Measure, once, what a forward pass of one of `inputs` takes."""
-        if self._sizes is None:
-            produced: list[int] = []
-
-            def record(module: nn.Module, args: tuple, output: Any) -> None:
-                produced.extend(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-            leaves = [module for module in self.network.model.modules() if not list(module.children())]
+        folded = bool(folding.pairs)
+        if folded not in self._sizes:
             self.network.settle(inputs)
-            with hooked(leaves, record):
-                logits = check_finite(self.network(rows(inputs, slice(0, 1))))
-            produced.append(logits.nbytes)
-            self._sizes = Sizes(logits.shape[1], sum(produced), max(produced))
-        return self._sizes
+            self.layerwise.by_rule(inputs)
+            one = rows(inputs, slice(0, 1))  # of its own, else it would be as large as what it is a view of
+            one = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, one)
+            self._sizes[folded] = Sizes(*self.layerwise.footprint(one, folding))
+        return self._sizes[folded]
+
+    def _in_parts(self, inputs: Inputs, samples: int, work: Callable[[Inputs, slice], T]) -> Iterator[tuple[Inputs, T]]:
+        """So many samples at a time, with what `work` makes of them; half as many from where they do not fit."""
+        done, total = 0, num_samples(inputs)
+        while done < total:
+            part = slices(total - done, min(samples, self._fitting_samples))[0]
+            chunk = rows(inputs, part := slice(done, done + part.stop))
+            if (found := self._if_it_fits(work, chunk, part)) is None:
+                give_back()
+                continue
+            done = part.stop
+            yield chunk, found
+
+    def _if_it_fits(self, work: Callable[[Inputs, slice], T], chunk: Inputs, part: slice) -> T | None:
+        """What `work` makes of a chunk, or None where half of it may do: what the error held is free by then."""
+        try:
+            return work(chunk, part)
+        except torch.OutOfMemoryError as error:
+            count = part.stop - part.start
+            if count == 1:
+                error.add_note("ELLA: this is one sample at a time: pass parameters= fewer of them, or a lower rank=.")
+                raise
+            self._fitting_samples = count // 2
+            log.warning(
+                "ELLA: %d samples at a time do not fit the memory of %s, so from here on it is %d: a lower "
+                "memory_budget= takes fewer from the start, and fixes the result to the last bit.",
+                *(count, self.device, count // 2),
+            )
+            return None
 
     def _differentiated(self, chunk: Inputs, basis: Basis, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and features of a few samples, by the engine for this rank."""
@@ -295,7 +324,7 @@ class Linearization:
         if self.choice != "auto":
             return self.choice
         sizes, passes = self.sizes(inputs), 1 + self.layerwise.slowness(inputs)
-        rows_held = self.layerwise.bytes_held(inputs) / max(1, sizes.activations)
+        rows_held = self.layerwise.bytes_held(inputs) / max(1, sizes.held)
         return "layerwise" if sizes.num_outputs * (passes + rows_held) <= rank else "forward"
 
     def _trouble(self, forward: ForwardMode, inputs: Inputs, basis: Basis) -> str | None:
@@ -316,29 +345,43 @@ class Linearization:
         wrong = (found - expected.squeeze(1)).norm() > 0.1 * expected.norm()
         return "its products are not those of reverse mode" if wrong else None
 
-    def _samples_for_features(self, inputs: Inputs, engine: ForwardMode | Layerwise) -> int:
+    def _samples_for_features(self, inputs: Inputs, engine: ForwardMode | Layerwise, basis: Basis) -> int:
         sizes = self.sizes(inputs)
         if isinstance(inputs, Picked):
             return num_samples(inputs)  # they come together, whatever is asked of them
         if isinstance(engine, Layerwise):
-            return self._samples(inputs, min(sizes.num_outputs, MAX_COTANGENTS), halved=self.precision == "bf16")
+            outputs = min(sizes.num_outputs, MAX_COTANGENTS)
+            folding = self._fold(inputs, basis)[0]
+            return self._samples(inputs, outputs, folding=folding, halved=self.precision == "bf16")
         # For each chunk the tangents of all weights are read, and reordered: two samples share that.
-        return self._fitting(FORWARD_WORK, 2 * sizes.largest * engine.tangents_per_chunk, least=2)
+        one = 2 * sizes.largest * engine.tangents_per_chunk
+        return self._fitting(chunks(self.device).forward, one, least=2)
 
-    def _samples(self, inputs: Inputs, cotangents: int, *, hold_rows: bool = False, halved: bool = False) -> int:
+    def _samples(
+        self,
+        inputs: Inputs,
+        cotangents: int,
+        *,
+        folding: Folding = UNFOLDED,
+        hold_rows: bool = False,
+        halved: bool = False,
+    ) -> int:
         """Samples at a time in reverse mode; rows of J that are held, and a copy of them, take memory too."""
-        activations = 0 if isinstance(inputs, Picked) else self.sizes(inputs).activations // (2 if halved else 1)
-        one = activations * (1 + cotangents) + cotangents * self.layerwise.bytes_held(inputs)
+        one = 0
+        if not isinstance(inputs, Picked):
+            sizes = self.sizes(inputs, folding)
+            one = (sizes.held + cotangents * sizes.cotangent) // (2 if halved else 1)
+        one += cotangents * self.layerwise.bytes_held(inputs)
         if hold_rows:
             one += 2 * sum(parameter.nbytes for parameter in self.network.names)
-        return self._fitting(REVERSE_WORK, one)
+        return self._fitting(chunks(self.device).reverse, one)
 
-    def _fitting(self, work: dict[str, int], one: int, least: int = 1) -> int:
+    def _fitting(self, work: int, one: int, least: int = 1) -> int:
         """Samples at a time: `least` even beyond the working set, but within the budget if it has a place for one."""
         if self.samples_per_chunk is not None:
             return self.samples_per_chunk
-        working_set = min(max(work.get(self.device.type, work["cpu"]), least * one), self.memory_budget // 4)
-        return min(MAX_SAMPLES, max(1, working_set // max(1, one)))
+        working_set = min(max(work, least * one), self.memory_budget // 4)
+        return min(chunks(self.device).samples, max(1, working_set // max(1, one)))
 
     def _autocast(self, engine: ForwardMode | Layerwise) -> AbstractContextManager:
         """Reverse mode works under autocast; forward mode casts by itself."""

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from .batches import Inputs
 from .linearize import Basis, Network, hooked, is_plain
 
-
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 

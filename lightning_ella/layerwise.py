@@ -26,7 +26,7 @@ from .batches import Picked, num_samples, rows
 from .data import Inputs
 from .folding import UNFOLDED, Folding, StaleError
 from .forward_mode import Reduce
-from .linearize import Basis, Network, hooked, version
+from .linearize import Basis, Network, check_finite, hooked, version
 from .numerics import BROKEN, exact
 from .rules import Rows, Rule, by_vjp, rule_of, with_shift
 
@@ -52,6 +52,7 @@ class Call:
     version: int  # of the input: it may be overwritten
     output: Any
     length: int  # of the output's first axis
+    nbytes: int  # of the output
 
 
 @dataclass
@@ -160,6 +161,24 @@ class Layerwise:
                 total[name] = parameter.new_zeros(len(logits), cotangents(logits).shape[1], parameter.numel())
         return total
 
+    def footprint(self, inputs: Inputs, folding: Folding) -> tuple[int, int, int, int]:
+        """Number of outputs, and bytes: that a pass holds, that each of its cotangents adds, of the largest tensor."""
+        held: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            held[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept), self._forward(inputs, folding) as run:
+            for call in run.calls:
+                note(call.inputs)
+            for weight in [*run.leaves.values(), *self.network.view.tensors.values()]:
+                held.pop(weight.untyped_storage()._cdata, None)
+            logits = check_finite(run.logits.detach())
+            outputs = [call.nbytes for call in run.calls]
+        return logits.shape[1], sum(held.values()), sum(outputs), max([logits.nbytes, *held.values(), *outputs])
+
     def bytes_held(self, inputs: Inputs) -> int:
         """Bytes that a cotangent of a sample takes for parameters whose rows of J cannot be had layer by layer."""
         self.by_rule(inputs)
@@ -242,7 +261,9 @@ class Layerwise:
             if shared:
                 output = output.expand(B, *output.shape[1:])
             seen = first.detach().expand(B, *first.shape[1:]) if shared else first.detach()
-            calls.append(Call(layer, rules[layer], seen, version(first), get_gradient_edge(output), len(output)))
+            calls.append(
+                Call(layer, rules[layer], seen, version(first), get_gradient_edge(output), len(output), output.nbytes)
+            )
             return output if shared else None
 
         rules: dict[nn.Module, Rule] = {

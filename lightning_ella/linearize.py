@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from .batches import Inputs, Picked, call, num_samples, rows
 from .copies import Cast
-from .numerics import eager, native_recurrence, plain_attention, repeatable
+from .numerics import BROKEN, eager, native_recurrence, plain_attention, repeatable
 from .view import NoShortcuts, View
 
 log = logging.getLogger(__name__)
@@ -232,6 +232,8 @@ class Network:
         """What the network gives, or what has it as `.logits` (Hugging Face) or `.prediction` (pytorch-forecasting)."""
         try:
             outputs = self._forward(self.model, inputs.whole if isinstance(inputs, Picked) else inputs)
+        except BROKEN:
+            raise
         except Exception as error:
             error.add_note(
                 f"ELLA called {'module(inputs)' if self._forward is call else 'forward(module, inputs)'} with inputs: "

@@ -26,7 +26,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def give_back() -> None:
-    """Return freed memory to the system between the steps of a fit; else glibc's heap keeps what each step needed."""
+    """Return freed memory to the system between the steps of a fit; else heap and cache keep what each step needed."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     with suppress(*UNKNOWN):
         ctypes.CDLL(None).malloc_trim(0)
 

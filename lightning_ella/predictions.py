@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .chunks import chunks
 from .numerics import in_full
 from .top import Selection
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from .likelihoods import Likelihood
 
 FEWEST_TARGETS = 256  # that quantiles come from
-CACHED = 2**19  # numbers that are worked on several times, of some draws at once
-SAMPLES_BUDGET = 2**22  # numbers in one chunk of Monte Carlo outputs: few enough to stay near the caches
 
 
 @dataclass  # not frozen: Lightning moves what predict_step returns to the CPU field by field
@@ -65,12 +64,12 @@ class Gaussian:
 
     def in_parts(self) -> Iterator[Tensor]:
         """Outputs (s, *, C) of some of the draws at a time."""
-        size = max(1, SAMPLES_BUDGET // max(1, self.mean.numel()))
+        size = max(1, chunks(self.mean).outputs // max(1, self.mean.numel()))
         yield from (Gaussian(self.mean, self.factor, z).samples() for z in self.draws.split(size))
 
     def rows(self) -> Iterator["Gaussian"]:
         """Some samples of the batch at a time, so many that all their draws are few enough."""
-        size = max(1, SAMPLES_BUDGET // max(1, len(self.draws) * self.mean[:1].numel()))
+        size = max(1, chunks(self.mean).outputs // max(1, len(self.draws) * self.mean[:1].numel()))
         parts = zip(self.mean.split(size), self.factor.split(size), strict=True)
         yield from (Gaussian(mean, factor, self.draws) for mean, factor in parts)
 
@@ -82,7 +81,7 @@ class Gaussian:
 
     def label_log_probs(self, labels: Tensor, temperature: Tensor) -> Tensor:
         """Log softmax at the label, (S, *), of each draw's outputs divided by the temperature."""
-        size = max(1, CACHED // max(1, self.mean.numel()))
+        size = max(1, chunks(self.mean).reused_outputs // max(1, self.mean.numel()))
         mean, factor = self.mean.flatten(0, -2).to(self.factor), self.factor.flatten(0, -3)
         parts = [
             _LabelLogProbs.apply(mean, factor, z, 1 / temperature.to(mean), labels.flatten())

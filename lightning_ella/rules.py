@@ -20,8 +20,8 @@ from torch.nn.functional import group_norm as normalize_groups
 from torch.nn.functional import layer_norm as normalize_layer
 from torch.nn.functional import rms_norm as normalize_root_mean_square
 
+from .chunks import chunks
 from .terms import (
-    MAX_BYTES,
     Convolution,
     Convolved,
     ConvolvedTransposed,
@@ -109,7 +109,9 @@ def check_batched(layer: Convolution | Transposed, inputs: Tensor) -> None:
         raise NoRuleError(f"{type(layer).__name__} is called without a batch")
 
 
-def with_shift(norm: nn.BatchNorm2d | nn.SyncBatchNorm, layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, B: int) -> Terms:
+def with_shift(
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm, layer: nn.Conv2d, inputs: Tensor, gradients: Tensor, B: int
+) -> Terms:
     """A convolution and the BatchNorm folded into it, of which only the shift is left: one gradient serves both."""
     yield norm.bias, by_sample(Rows(gradients.sum((3, 4))), gradients, B)
     yield from conv(layer, inputs, gradients, B)
@@ -196,7 +198,7 @@ def by_vjp(module: nn.Module, inputs: Tensor, gradients: Tensor, B: int, names: 
     inputs = inputs.unflatten(0, (B, rows_of_samples(inputs, B)))  # (B, r, *)
     gradients = gradients.unflatten(0, (B, rows_of_samples(gradients, B))).transpose(1, 2)  # (B, S, r', *)
     found = {name: module.get_parameter(name) for name in (_pulled_names(module) if names is None else names)}
-    if gradients.shape[:2].numel() * sum(value.nbytes for value in found.values()) <= MAX_BYTES:
+    if gradients.shape[:2].numel() * sum(value.nbytes for value in found.values()) <= chunks(gradients).rows:
         rows = pulled(module, found, inputs, gradients)
         yield from ((value, Rows(rows[name])) for name, value in found.items())
     else:  # each by itself, to hold but some samples' rows

@@ -14,10 +14,7 @@ from torch.func import vjp, vmap
 from torch.nn.functional import conv_transpose1d, conv_transpose2d, conv_transpose3d, pad
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-MAX_BYTES = 2**24  # of J, for one layer, held at a time: what stays in a cache
-MAX_BYTES_IN_GROUPS = 3 * 2**20  # the same, where one convolution has each sample as a group of channels
-MAX_BYTES_OF_BASIS = 2**26  # of a layer's directions, whose responses are computed at a time
-MAX_BYTES_OF_WINDOWS = 2**28  # of the windows of a convolution, made at a time
+from .chunks import chunks
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -123,13 +120,14 @@ class OuterProducts(Rows):
     def times(self, basis: Tensor) -> Tensor:
         """(B, S, K), by way of the rows or of the layer's response to the basis, whichever takes less time."""
         S, (K, p), bytes_each = self.num_cotangents, basis.shape, self.gradients.element_size()
+        at_a_time = chunks(self.gradients)
         channels, T = self.products
         d = p // channels
-        # Multiply-adds for an output channel; to write and read an element of a row takes as long as 32 of them.
-        if self.response_cost * K * T * (d + S) >= S * d * (T + K + 32):
-            basis, most = basis.to(self.gradients.dtype), MAX_BYTES_IN_GROUPS if self.in_groups else MAX_BYTES
+        # Multiply-adds for an output channel.
+        if self.response_cost * K * T * (d + S) >= S * d * (T + K + at_a_time.row_cost):
+            basis, most = basis.to(self.gradients.dtype), at_a_time.rows_in_groups if self.in_groups else at_a_time.rows
             return torch.cat([Rows(part.dense()).times(basis) for part in self.some(most, S * p * bytes_each)])
-        few = max(1, MAX_BYTES_OF_BASIS // (p * bytes_each))  # a library may copy them
+        few = max(1, at_a_time.directions // (p * bytes_each))
         return torch.cat([self._responses(some.to(self.gradients.dtype)) for some in basis.split(few)], 2)
 
     def some(self, most: int, one: int) -> Iterator[Any]:
@@ -139,7 +137,7 @@ class OuterProducts(Rows):
 
     def _responses(self, basis: Tensor) -> Tensor:
         one = len(basis) * self.numel_of_response * self.gradients.element_size()
-        return torch.cat([part.response(basis) for part in self.some(MAX_BYTES, one)])
+        return torch.cat([part.response(basis) for part in self.some(chunks(self.gradients).rows, one)])
 
 
 class Convolved(OuterProducts):
@@ -173,7 +171,7 @@ class Convolved(OuterProducts):
 
         Up to ten times faster than products of windows, but slower where a group is large, and in bf16.
         """
-        few = 2 * self.num_cotangents * self.layer.weight.nbytes <= MAX_BYTES_IN_GROUPS
+        few = 2 * self.num_cotangents * self.layer.weight.nbytes <= chunks(self.inputs).rows_in_groups
         known = self.inputs.device.type == "cpu" and torch.backends.mkldnn.is_available()
         return few and known and self.inputs.dtype == self.gradients.dtype == torch.float32
 
@@ -181,7 +179,7 @@ class Convolved(OuterProducts):
         """(B, S, G * o * d)."""
         if not self.in_groups:
             one = self.layer.weight[0].numel() * self.layer.groups * self.products[1] * self.inputs.element_size()
-            return torch.cat([OuterProducts.dense(part) for part in self.some(MAX_BYTES_OF_WINDOWS, one)])
+            return torch.cat([OuterProducts.dense(part) for part in self.some(chunks(self.inputs).windows, one)])
         B, G, So, _ = self.gradients.shape
         images, size = padded(self.layer, self.inputs), (B * G * So, *self.layer.weight.shape[1:])
         gradients = self.gradients.reshape(1, -1, *self.size)  # samples as groups of channels
@@ -231,7 +229,7 @@ class ConvolvedTransposed(OuterProducts):
     def dense(self) -> Tensor:
         """(B, S, in * out / G * kernel)."""
         one = self.num_cotangents * self.layer.weight[0].numel() * self.layer.groups * self.inputs[0, 0].numel()
-        parts = self.some(MAX_BYTES_OF_WINDOWS, one * self.inputs.element_size())
+        parts = self.some(chunks(self.inputs).windows, one * self.inputs.element_size())
         return torch.cat([self._rows(part.inputs, part.gradients) for part in parts])
 
     def _rows(self, inputs: Tensor, gradients: Tensor) -> Tensor:
@@ -305,7 +303,7 @@ class SparseRows(Rows):
         B, S, T, d = self.gradients.shape
         in_full = self.length <= T  # few letters, long texts: their sums are shorter
         one = (S if in_full else len(basis)) * min(self.length, T) * d * self.gradients.element_size()
-        size = max(1, MAX_BYTES // max(1, one))
+        size = max(1, chunks(self.gradients).rows // max(1, one))
         parts = [self[start : start + size] for start in range(0, B, size)]
         return torch.cat([Rows(part.dense()).times(basis) if in_full else part._looked_up(basis) for part in parts])
 
@@ -339,7 +337,7 @@ class Pulled(Rows):
 
     def _some(self) -> Iterator[Rows]:
         B, S = self.gradients.shape[:2]
-        size = max(1, MAX_BYTES // (S * self.module.get_parameter(self.name).nbytes))
+        size = max(1, chunks(self.gradients).rows // (S * self.module.get_parameter(self.name).nbytes))
         for start in range(0, B, size):
             some = slice(start, start + size)
             yield Rows(pulled(self.module, [self.name], self.inputs[some], self.gradients[some])[self.name])

@@ -3,11 +3,12 @@
 import os
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pretend
 import pytest
 import torch
 from hypothesis import settings
@@ -17,10 +18,13 @@ from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ella import chunks
+
 ROOT = Path(__file__).parents[1]
 settings.register_profile("ci", derandomize=True)  # a failure there must be the same when it is run again
 if "CI" in os.environ:
     settings.load_profile("ci")
+pretend.register()
 torch.set_num_threads(1)  # the networks are tiny: threads would only wait for each other
 
 
@@ -30,6 +34,11 @@ LONG = ("test_commands", "test_recipes", "test_experiments", "test_zoo", "test_s
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that no worker is left with one at the end."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def at_a_time(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
+    """Work on less at a time on the CPU, or on more."""
+    monkeypatch.setattr("lightning_ella.chunks.CPU", replace(chunks.CPU, **limits))
 
 
 class TinyViT(nn.Module):

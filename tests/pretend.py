@@ -73,16 +73,20 @@ class Pretend(Tensor):
 
 
 def device() -> torch.device:
-    """The device; torch knows its name once it is `registered`."""
+    """The device; torch knows its name from `register` on."""
     return torch.device("pretend", 0)
 
 
-@contextmanager
-def registered() -> Iterator[None]:
-    """Make the device known to torch, for good, and let `module.to` keep its parameters, for the time being."""
-    if not _registered:
+def register() -> None:
+    """Make the device known to torch, for good: before the first backward pass, which counts the devices."""
+    if KNOWN and not _libraries:
         backend_registration._setup_privateuseone_for_python_backend("pretend", backend_module=_Backend())
-        _registered.append(_library())
+        _libraries.append(_library())
+
+
+@contextmanager
+def in_use() -> Iterator[None]:
+    """Let `module.to` keep its parameters, as it does on the way to other devices."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -91,7 +95,7 @@ def registered() -> Iterator[None]:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
-_registered: list[torch.library.Library] = []
+_libraries: list[torch.library.Library] = []
 
 
 class _Backend:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import Case, ListDataset, make_case
-from pretend import KNOWN, Pretend, device, registered, strategy
+from pretend import KNOWN, Pretend, device, in_use, strategy
 from test_callback import Net, blobs
 from test_other_likelihoods import OUTPUTS, made
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture
 def elsewhere() -> Iterator[None]:
-    with registered():
+    with in_use():
         yield
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from conftest import TinyViT, conv_batchnorm, flat, make_case
+from conftest import TinyViT, at_a_time, conv_batchnorm, flat, make_case
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_ella import fit_ella, terms
+from lightning_ella import fit_ella
 from lightning_ella.engine import Linearization
 from lightning_ella.linearize import as_function
 
@@ -217,8 +217,7 @@ def test_rows_of_convolutions_in_float32_are_those_of_the_dense_jacobian(
     name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ):
     torch.manual_seed(0)
-    for name_of_limit in ("MAX_BYTES_IN_GROUPS", "MAX_BYTES_OF_BASIS"):
-        monkeypatch.setattr(terms, name_of_limit, most)
+    at_a_time(monkeypatch, rows_in_groups=most, directions=most)
     make, inputs = NETWORKS[name]
     model, x = make().eval(), inputs()
     basis = {name: torch.randn(23, *p.shape) for name, p in model.named_parameters()}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import at_a_time
 from torch import Tensor
 
 from lightning_ella.likelihoods import Binary, Classification
@@ -115,7 +116,7 @@ def test_labels_may_be_of_any_integer_type(dtype: torch.dtype):
 def test_the_log_probability_of_a_label_and_its_gradients_are_those_of_autograd(
     cached: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("lightning_ella.predictions.CACHED", cached)
+    at_a_time(monkeypatch, reused_outputs=cached)
     logits, labels = gaussian(num_samples=6), torch.tensor([0, 3, 1, 1, 2])
     temperature = torch.tensor(1.7).double()
     arguments = [part.requires_grad_() for part in (logits.mean, logits.factor, logits.draws, temperature)]
@@ -155,7 +156,7 @@ def test_covariance_and_variance_match():
 
 def test_chunks_of_draws_do_not_matter(monkeypatch: pytest.MonkeyPatch):
     whole = monte_carlo(gaussian())
-    monkeypatch.setattr("lightning_ella.predictions.SAMPLES_BUDGET", 7)
+    at_a_time(monkeypatch, outputs=7)
     torch.testing.assert_close(monte_carlo(gaussian(num_samples=4096)), whole)
 
 

@@ -3,11 +3,13 @@
 import ctypes
 import os
 import platform
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from conftest import make_case
+from conftest import flat, make_case
+from torch import Tensor, nn
 
 from lightning_ella.engine import Linearization, Sizes
 from lightning_ella.forward_mode import ForwardMode
@@ -127,11 +129,78 @@ def test_all_products_keep_pages(product: str, monkeypatch: pytest.MonkeyPatch):
     assert set(entered) == {CPU}
 
 
+class Attention(nn.Module):
+    """One head over T positions, written out; and layers that return their input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(width, 3 * width), nn.Linear(width, 2)
+        self.idle, self.act = nn.Sequential(nn.Identity(), nn.Dropout()), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.idle(x)).chunk(3, -1)
+        return self.head(self.act((q @ k.mT).softmax(-1) @ v).mean(1))
+
+
+def test_what_a_pass_holds_is_what_autograd_saves():
+    T, width, b = 64, 8, 4
+    linearization = Linearization(Attention(width))
+    with as_function():
+        sizes = linearization.sizes(torch.randn(5, T, width))  # of a batch: one sample counts
+    assert sizes.largest == T * T * b  # no layer's output
+    # The input, q, k and v as one, the softmax, the activation and its mean; weights are none of it.
+    assert sizes.held == (T * width + 3 * T * width + T * T + T * width + width) * b
+    assert sizes.cotangent == (3 * T * width + 2) * b  # of the outputs of layers with weights alone
+
+
+class Greedy(nn.Module):
+    """Has a place for so many samples."""
+
+    most = 60
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim > 1 and len(x) > type(self).most:
+            raise torch.OutOfMemoryError("tried to allocate 80 GB")
+        return self.body(x)
+
+
+PRODUCTS: dict[str, Callable[[Linearization, Tensor, dict[str, Tensor]], Tensor]] = {
+    "features": lambda seen, x, basis: seen.features(x, basis)[1],
+    "gradients": lambda seen, x, _: torch.cat([flat(c) for c in seen.gradients(x, torch.zeros(60).long())], 1),
+    "projections": lambda seen, x, basis: seen.projections(x, lambda f, _: f, basis)[1],
+}
+
+
+@pytest.mark.parametrize("engine", ["forward", "layerwise"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_fewer_samples_are_tried_where_so_many_do_not_fit(
+    engine: str, product: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    torch.manual_seed(0)
+    model, x = Greedy().double(), torch.randn(60, 3).double()
+    seen = Linearization(model, engine=engine, memory_budget=10**9)
+    basis = {name: torch.randn(2, *p.shape, dtype=p.dtype) for name, p in seen.parameters.items()}
+    with as_function():
+        expected = PRODUCTS[product](seen, x, basis)
+        monkeypatch.setattr(Greedy, "most", 4)
+        torch.testing.assert_close(PRODUCTS[product](seen, x, basis), expected)
+        assert len(seen.layerwise.by_rule(x)) == 4  # none is taken for a missing rule
+        assert [record.args[0] for record in caplog.records if "do not fit" in record.msg] == [60, 30, 15, 7]
+        monkeypatch.setattr(Greedy, "most", 0)
+        with pytest.raises(torch.OutOfMemoryError, match="80 GB") as caught:
+            PRODUCTS[product](seen, x, basis)
+        assert "one sample at a time" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize(("budget", "expected"), [(4 * 2 * 3000 - 4, 1), (4 * 2 * 3000, 2), (10**9, 2)])
 def test_two_samples_are_taken_beyond_the_working_set_if_the_budget_allows(budget: int, expected: int):
     linearization = Linearization(make_case("mlp").model, memory_budget=budget)
-    assert linearization._fitting({"cpu": 1000}, 3000, least=2) == expected
-    assert linearization._fitting({"cpu": 1000}, 3000) == 1
+    assert linearization._fitting(1000, 3000, least=2) == expected
+    assert linearization._fitting(1000, 3000) == 1
 
 
 def test_forward_mode_takes_two_samples_at_least():
@@ -139,5 +208,5 @@ def test_forward_mode_takes_two_samples_at_least():
     with as_function():
         linearization = Linearization(case.model, engine="forward", memory_budget=2**31)
         linearization.sizes(case.inputs)
-        linearization._sizes = Sizes(3, 10**8, 2**26)
-        assert linearization._samples_for_features(case.inputs, ForwardMode(linearization.network, 1)) == 2
+        linearization._sizes = {False: Sizes(3, 10**8, 10**7, 2**26)}
+        assert linearization._samples_for_features(case.inputs, ForwardMode(linearization.network, 1), {}) == 2

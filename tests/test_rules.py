@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import timm.layers
 import torch
+from conftest import at_a_time
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +16,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from lightning_ella import rules, terms
+from lightning_ella import rules
 from lightning_ella.rules import rule_of
 from lightning_ella.terms import NoRuleError, SparseRows
 
@@ -251,10 +252,7 @@ def gradients_for(layer: nn.Module, inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("most", [0, 2**24])  # a sample at a time, and all
 def test_a_rule_gives_the_rows_of_the_dense_jacobian(name: str, most: int, monkeypatch: pytest.MonkeyPatch):
-    for module in (rules, terms):
-        monkeypatch.setattr(module, "MAX_BYTES", most)
-    monkeypatch.setattr(terms, "MAX_BYTES_OF_WINDOWS", most)
-    monkeypatch.setattr(terms, "MAX_BYTES_OF_BASIS", most)
+    at_a_time(monkeypatch, rows=most, windows=most, directions=most)
     torch.manual_seed(0)
     make, make_inputs, expected_rule = CASES[name]
     layer, inputs = randomized(make()), make_inputs()
@@ -282,7 +280,7 @@ def test_a_rule_gives_the_rows_of_the_dense_jacobian(name: str, most: int, monke
 def test_convolutions_in_float32_give_the_rows_of_the_dense_jacobian(
     name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(terms, "MAX_BYTES_IN_GROUPS", most)
+    at_a_time(monkeypatch, rows_in_groups=most)
     torch.manual_seed(0)
     make, make_inputs, _ = CASES[name]
     layer, inputs = randomized(make()), make_inputs()
@@ -465,8 +463,7 @@ WITHIN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = 
 @pytest.mark.parametrize("name", WITHIN)
 @pytest.mark.parametrize("most", [0, 2**24])
 def test_a_module_may_be_differentiated_for_those_within_it(name: str, most: int, monkeypatch: pytest.MonkeyPatch):
-    for module in (rules, terms):
-        monkeypatch.setattr(module, "MAX_BYTES", most)
+    at_a_time(monkeypatch, rows=most)
     torch.manual_seed(0)
     make, size, names = WITHIN[name]
     module, inputs = randomized(make()), torch.randn(SAMPLES, *size, dtype=torch.float64)
