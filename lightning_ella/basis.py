@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from .distributed import World
 from .memory import give_back
+from .residual import random_signs
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +105,7 @@ class Sketch:
         self.dtype = _type(parameters)
         self.signs, self.shifts = {}, {}
         for name, parameter in parameters.items():
-            signs = torch.randint(2, (parameter.numel(),), generator=generator, dtype=torch.int8)
-            self.signs[name] = signs.mul_(2).sub_(1).to(parameter.device)
+            self.signs[name] = random_signs(parameter.numel(), generator, parameter.device)
             self.shifts[name] = int(torch.randint(size, (), generator=generator))
 
     def __call__(self, chunk: dict[str, Tensor]) -> Tensor:
@@ -165,8 +165,9 @@ def _combine(chunks: Gradients, weights: Tensor, parameters: Mapping[str, Tensor
     for chunk in chunks:
         count = len(next(iter(chunk.values())))
         part = weights[:, done : done + count]
+        parts = {dtype: part.to(dtype) for dtype in {value.dtype for value in total.values()}}
         for name, gradient in chunk.items():
-            total[name].addmm_(part.to(total[name]), gradient.to(total[name]))
+            total[name].addmm_(parts[total[name].dtype], gradient.to(total[name]))
         done += count
         chunk.clear()
     return total

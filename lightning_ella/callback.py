@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import trainers
@@ -170,7 +170,11 @@ class ELLACallback(Callback):
         with isolate_rng(), trainers.validating(trainer):
             (train, _), (calibration, _) = self._loaders(trainer, world)
         with isolate_rng(), trainers.validating(trainer), world.together("a look before training"), world.quiet():
-            network = _copied(pl_module, shared=True) if self._takes_the_best(trainer) else pl_module
+            place = trainers.place_of(trainer)
+            if place != trainer.strategy.root_device:
+                log.info("ELLA: %s has no float64, so the fit is on the CPU.", trainer.strategy.root_device)
+            apart = self._takes_the_best(trainer) or place != trainer.strategy.root_device
+            network = _copied(pl_module, lambda value: value.to(place)) if apart else pl_module
             with self._remembered(trainer, pl_module, "network and data were looked at"):
                 check(network, train, calibration, self._fitting(trainer, train), **self._functions(trainer))
 
@@ -269,7 +273,7 @@ class ELLACallback(Callback):
     def _fit(self, trainer: Trainer, job: "_Job", home: torch.device) -> Fit:
         try:
             with job.world.together("moving the network"):
-                job.network.to(trainer.strategy.root_device)
+                job.network.to(trainers.place_of(trainer))
             fit = run(
                 job.network,
                 job.train,
@@ -283,7 +287,7 @@ class ELLACallback(Callback):
             )
         finally:
             job.network.to(home)
-        if home != trainer.strategy.root_device:
+        if home != trainers.place_of(trainer):
             fit.predictor.to(home)
         return fit
 
@@ -434,17 +438,18 @@ class _Job(NamedTuple):
     stages: Stages
 
 
-def _copied(module: LightningModule, *, shared: bool = False) -> LightningModule:
-    """A network of the same structure, with weights of its own or with `shared` ones.
+def _copied(module: LightningModule, value: Callable[[Tensor], Tensor] = Tensor.clone) -> LightningModule:
+    """A network of the same structure, with weights of its own, or with what `value` makes of them.
 
     What is neither a module nor a tensor of the network is shared, so that locks, files and clients are no hindrance.
     """
     try:
-        made = View(module, cast=lambda name, value: value if shared else value.clone()).root
+        made = View(module, cast=lambda _, tensor: value(tensor)).root
     except Exception as error:  # whatever a class of the user's raises
         raise ValueError(
-            f"weights='best' works on a copy of the module, which cannot be copied ({error}): pass weights='last', or "
-            "load the best checkpoint and fit with max_epochs=0."
+            f"weights='best' works on a copy of the module, as does a fit on a device without float64, but it cannot "
+            f"be copied ({error}): pass weights='last' and Trainer(accelerator='cpu'), or load the best checkpoint and "
+            "fit with max_epochs=0."
         ) from error
     return cast(LightningModule, made)
 

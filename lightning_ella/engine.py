@@ -26,7 +26,7 @@ from .forward_mode import ForwardMode, Reduce
 from .layerwise import MAX_COTANGENTS, Cotangents, Layerwise
 from .linearize import Basis, Forward, Network, channel_axis, check_finite, version
 from .memory import free_memory, give_back, keeping_pages
-from .numerics import BROKEN
+from .numerics import BROKEN, WITHOUT_FLOAT64
 from .top import Selection
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Linearization:
         cast: what becomes of each of the network's tensors.
 
     Raises:
-        ValueError: if there is no such parameter.
+        ValueError: if there is no such parameter, or if the network is on several devices or on one without float64.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Linearization:
         channels: str = "auto",
         cast: Cast = lambda _, value: value,
     ):
+        _check_devices(model)
         self.channels = channels
         self.network = Network(model, forward, names, cast)
         self.choice, self.precision = engine, precision
@@ -278,18 +279,23 @@ class Linearization:
         """Which BatchNorms to fold, and the tangents that go with it, if there is memory for them."""
         if self._folding is None:
             self._folding = find_folding(self.network, rows(inputs, slice(0, 1)), self.layerwise.by_rule(inputs))
-        one = next(iter(basis.values()))
-        if not self._folding.pairs or self._folding.numel * len(one) * one.element_size() > self.memory_budget // 4:
+        one, half = next(iter(basis.values())), self._dtype is not None
+        beside = len(one) * (self._folding.numel * one.element_size() + half * 2 * self.network.num_parameters)
+        if not (self._folding.pairs or half) or beside > self.memory_budget // 4:
             return UNFOLDED, basis
         # For small batches, folding takes longer than the rest. What was folded is held: its address may not be reused.
         versions = [version(tangents) for tangents in basis.values()]
         same = len(self._folded_from) == len(basis) and all(map(operator.is_, self._folded_from, basis.values()))
         if not same or versions != self._folded_versions:
             self._folded = None  # frees it before the next is made
-            self._folded, self._folded_versions = self._folding.tangents(basis), versions
+            self._folded, self._folded_versions = self._halved(self._folding.tangents(basis)), versions
             self._folded_from = list(basis.values())
         assert self._folded is not None
         return self._folding, self._folded
+
+    def _halved(self, basis: Basis) -> Basis:
+        """Tangents in the type of the products that they go into: of matrices, where that is not the weights'."""
+        return {name: part if part.ndim < 3 else part.to(self._dtype or part.dtype) for name, part in basis.items()}
 
     def _engine(self, inputs: Inputs, basis: Basis) -> ForwardMode | Layerwise:
         """The engine for features of this rank; forward mode only if the network has all its rules."""
@@ -388,6 +394,20 @@ class Linearization:
         if self._dtype is None or isinstance(engine, ForwardMode):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
+
+
+def _check_devices(model: nn.Module) -> None:
+    devices = {value.device for value in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the network is on several devices ({', '.join(sorted(map(str, devices)))}), but ELLA needs it on one: "
+            "move it there with model.to(device), or load it without device_map=."
+        )
+    if WITHOUT_FLOAT64 & {device.type for device in devices}:
+        raise ValueError(
+            f"ELLA needs float64, which {devices.pop().type.upper()} does not have: move the network with model.cpu(), "
+            "or use ELLACallback, which fits on the CPU after training."
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .basis import nystrom_basis, sketch_numbers
-from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, num_samples, rows
+from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, num_samples, rows, slices
+from .chunks import chunks
 from .curvature import curvature
 from .data import KEEP, LONGEST, Beginning, Points, beginning, draw, points_of, seeded
 from .distributed import World
@@ -170,7 +171,8 @@ def run(
 
         def make_curvature() -> dict[str, Tensor]:
             numbers = train.arranged(draw(settings.num_curvature, train.numbers, generator))
-            probes = num_probes("auto", settings.rank, reverse=reverse) if by_evidence else 0
+            most = _most_probes(linearization, settings)
+            probes = num_probes("auto", settings.rank, reverse=reverse, most=most) if by_evidence else 0
             hessian = curvature(
                 linearization,
                 visit(train, numbers, "curvature"),
@@ -202,9 +204,15 @@ def run(
         with world.together("the probes"):
             # Without unseen points there is no telling the scale of the residual: none, unless it is given.
             alone = held_out is None and settings.residual_scale is None
-            probes = 0 if alone else num_probes(settings.residual, rank, reverse=reverse)
-            log.info("ELLA: %d directions, and %d random probes of the variance outside their span.", rank, probes)
-            with_probes(basis, probes, settings.seed)
+            most = _most_probes(linearization, settings)
+            probes = 0 if alone else num_probes(settings.residual, rank, reverse=reverse, most=most)
+            cut = not alone and probes < num_probes(settings.residual, rank, reverse=reverse)
+            log.info(
+                "ELLA: %d directions, and %d random probes of the variance outside their span%s.",
+                *(rank, probes, ", as many as fit the memory budget" if cut else ""),
+            )
+            with _naming_what_takes_less():
+                with_probes(basis, probes, settings.seed)
         if held_out is None:
             effective = num_outputs - (example[0, ..., 0].numel() if likelihood.invariant else 0)
             spread_over = min(linearization.network.num_parameters, len(train) * effective) - rank
@@ -330,7 +338,8 @@ def _price(
     inputs = rows(inputs, slice(0, FEW_POINTS))
     count, parameters = num_samples(inputs), linearization.parameters
     reverse = linearization.cheaper(inputs, settings.rank) == "layerwise"
-    columns = settings.rank + num_probes(settings.residual, settings.rank, reverse=reverse)
+    most = _most_probes(linearization, settings)
+    columns = settings.rank + num_probes(settings.residual, settings.rank, reverse=reverse, most=most)
     basis = {name: value.new_zeros(1, *value.shape).expand(columns, *value.shape) for name, value in parameters.items()}
     outputs = torch.zeros(count, dtype=torch.long)
     gradient = _timed(lambda: [None for _ in linearization.gradients(inputs, outputs)]) / count
@@ -382,6 +391,23 @@ def _share_of_memory(model: nn.Module, world: World) -> int:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     sharing = world.neighbours() if device.type == "cpu" else 1
     return world.smallest(free_memory(device) // (4 * sharing))
+
+
+def _most_probes(linearization: Linearization, settings: Settings) -> int:
+    """As many as take the memory budget, beside V."""
+    numbers = sum(value.numel() for value in linearization.parameters.values())
+    each = 2 if settings.basis_precision == "bf16" else next(iter(linearization.parameters.values())).element_size()
+    return linearization.memory_budget // (each * numbers)
+
+
+@contextmanager
+def _naming_what_takes_less() -> Iterator[None]:
+    """Say in an error for want of memory how directions and probes take less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.add_note("ELLA: directions and probes do not fit: pass basis_precision='bf16', rank= or residual= lower.")
+        raise
 
 
 def _identity(
@@ -481,13 +507,20 @@ def _cached(
     top: int | None,
     others: float,
 ) -> Observations:
-    """Run the network over the points, for `most` rows of each; `example` are outputs, for a process without points."""
+    """Run the network over the points, for `most` rows of each; `example` are outputs, for a process without points.
+
+    What takes more than a quarter of the memory budget is kept on the CPU.
+    """
     rank, done = len(next(iter(basis.values()))), 0
+    outputs = min(most, example[0, ..., 0].numel()) * (example.shape[-1] if top is None else top + 1)
+    fits = 4 * len(seeds) * outputs * rank * example.element_size() <= linearization.memory_budget
+    place = linearization.device if fits else torch.device("cpu")
     parts = []
     for batch in batches:
         drawn = seeds[done : (done := done + num_samples(batch[0]))]
         options = {"top": top, "most": most, "seeds": drawn, "temperature": others}
-        parts += observations(linearization, likelihood, Batch(*batch), basis, **options)
+        seen = observations(linearization, likelihood, Batch(*batch), basis, **options)
+        parts += (part.to(place) for part in seen)
     if not parts:  # more processes than points
         none = example.flatten(0, -2)[:0]
         none = none if top is None else none[:, : top + 1]
@@ -503,7 +536,8 @@ def _calibrated(
     count = int(world.sum(torch.tensor(len(unseen.targets))))
     if not count:
         raise ValueError("no calibration point has a target that counts: pass calibration_loader= data with labels.")
-    draws = standard_normal(settings.num_samples, unseen.features.shape[-1], settings.seed).to(unseen.features)
+    draws = standard_normal(settings.num_samples, unseen.features.shape[-1], settings.seed)
+    draws = draws.to(hessian.device, unseen.features.dtype)
     given = {name: getattr(settings, name) for name in SCALES}
     if settings.noise_variance is not None and likelihood.temperature_is_noise:
         given["temperature"] = given["temperature"] or 1.0
@@ -511,8 +545,7 @@ def _calibrated(
         unseen, hessian, likelihood, predictive=settings.predictive, draws=draws, given=given, world=world
     )
     with world.together("the figures"):
-        gaussian = Gaussian(unseen.logits, posterior.factor(unseen.features), draws)
-        mine = _summaries(likelihood, gaussian, settings.predictive, posterior.temperature, unseen.targets)
+        mine = _summaries(likelihood, unseen, posterior, settings.predictive, draws)
     targets = world.gather_rows(unseen.targets)
     gathered = [(name, world.gather_rows(values)) for name, values in mine.items()]
     with world.together("the figures"):
@@ -572,16 +605,20 @@ def _given(hessian: Tensor, likelihood: Likelihood, settings: Settings, prior: f
 
 
 def _summaries(
-    likelihood: Likelihood, logits: Gaussian, predictive: str, temperature: Tensor, targets: Tensor
+    likelihood: Likelihood, unseen: Observations, posterior: Posterior, predictive: str, draws: Tensor
 ) -> dict[str, Tensor]:
     """What metrics are made of, (n, …), for the network as it was ("map") and for the posterior ("ella")."""
-    certain = Gaussian(logits.mean, torch.zeros_like(logits.factor[..., :1]), torch.zeros_like(logits.draws[:1, :1]))
-    one, temperature = torch.ones_like(temperature).to(logits.mean), temperature.to(logits.mean)
-    first = likelihood.predictives[0]  # with nothing to integrate over, all are the same
-    return {
-        "map": likelihood.summary(likelihood.predict(certain, first, one), targets),
-        "ella": likelihood.summary(likelihood.predict(logits, predictive, temperature), targets),
-    }
+    temperature = posterior.temperature.to(draws)
+    one, first = torch.ones_like(temperature), likelihood.predictives[0]  # of one without variance, all are the same
+    found: dict[str, list[Tensor]] = {"map": [], "ella": []}
+    size = chunks(draws.device).outputs // max(1, unseen.features[:1].numel())
+    for part in slices(len(unseen.targets), size) or [slice(0)]:
+        some = unseen.rows(part).to(draws.device)
+        certain = Gaussian(some.logits, torch.zeros_like(some.features[..., :1]), torch.zeros_like(draws[:1, :1]))
+        learnt = Gaussian(some.logits, posterior.factor(some.features), draws)
+        found["map"].append(likelihood.summary(likelihood.predict(certain, first, one), some.targets))
+        found["ella"].append(likelihood.summary(likelihood.predict(learnt, predictive, temperature), some.targets))
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _figures(

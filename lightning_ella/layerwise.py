@@ -99,10 +99,11 @@ def pull_back(logits: Tensor, targets: list, cotangents: Tensor, *, keep: bool =
     return stacked
 
 
-def one_hot(num_outputs: int, start: int) -> Tensor:
-    """Rows of the identity matrix (C, C) from `start`, `MAX_COTANGENTS` at most."""
-    numbers = torch.arange(start, min(start + MAX_COTANGENTS, num_outputs))
-    return nn.functional.one_hot(numbers, num_outputs).float()
+def one_hot(outputs: Tensor, start: int) -> Tensor:
+    """Rows of the identity matrix from `start`, `MAX_COTANGENTS` at most, for each sample of (B, C): (B, S, C)."""
+    B, C = outputs.shape
+    numbers = torch.arange(start, min(start + MAX_COTANGENTS, C), device=outputs.device)
+    return nn.functional.one_hot(numbers, C).to(outputs.dtype).expand(B, -1, -1)
 
 
 class Layerwise:
@@ -143,7 +144,7 @@ class Layerwise:
         found, C = [], MAX_COTANGENTS
         while sum(part.shape[1] for part in found) < C:  # a pass for so many outputs at a time
             start = len(found) * MAX_COTANGENTS
-            some: Cotangents = lambda f, start=start: one_hot(f.shape[1], start).expand(len(f), -1, -1)  # noqa: E731
+            some: Cotangents = lambda f, start=start: one_hot(f, start)  # noqa: E731
             logits, products = self.products(inputs, some, basis, folding)
             found.append(products)
             C = logits.shape[1]

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.backends import cudnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+WITHOUT_FLOAT64 = {"mps"}  # kinds of devices
+
 # What is no fault of the network's, and no reason to try another way.
 BROKEN = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 

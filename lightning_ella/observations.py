@@ -24,8 +24,11 @@ class Observations(NamedTuple):
 
     def rows(self, which: Tensor | slice) -> "Observations":
         """Some of them."""
-        weights = None if self.weights is None else self.weights[which]
-        return Observations(self.logits[which], self.features[which], self.targets[which], weights)
+        return Observations(*(None if part is None else part[which] for part in self))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> "Observations":
+        """On a device."""
+        return Observations(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
 
 def observations(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .batches import slices
+from .chunks import chunks
 from .distributed import World
 from .likelihoods import Likelihood
 from .observations import Observations
@@ -23,7 +24,6 @@ MIN_DRAWS = 64
 MANY = 1000  # outputs from which on float32 will do: its rounding evens out in sums over so many
 LONG = 2**24  # logits sampled for one candidate: choosing takes seconds
 TOP = 100  # outputs, that may be kept where there are more
-CHUNK = 2**21  # logits sampled at a time
 # Standard deviations, in e-folds, of a normal prior on each scale around its start: what the points cannot tell stays
 # there, and a few points that are all right do not make the network as sure as can be.
 WIDTHS = {"prior_variance": 3.0, "covariance_scale": 3.0, "residual_scale": 3.0, "temperature": 1.0}
@@ -94,7 +94,8 @@ def calibrate(
     largest is taken (compare the one-standard-error rule of Breiman et al. 1984).
 
     Args:
-        points: outputs and features, along the basis and the probes, at the calibration points, and their targets.
+        points: outputs and features, along the basis and the probes, at the calibration points, and their targets; on
+            the device of the curvature, or on the CPU, from where some go there at a time.
         curvature: H, (K, K).
         likelihood: gives the NLL.
         predictive: how the posterior is integrated over.
@@ -104,10 +105,11 @@ def calibrate(
     """
     world = world or World()
     points = points if points.weights is None else points.rows(points.weights > 0)
-    logits, features, targets, weights = points
+    logits, features, _, weights = points
     weights = logits.new_ones(len(logits)) if weights is None else weights
     count = int(world.sum(torch.tensor(len(logits))))
-    weights = weights.double() / world.sum(weights.double().sum()) * count  # one on average
+    points = points._replace(weights=weights.double() / world.sum(weights.double().sum()) * count)  # one on average
+    draws = draws.to(curvature.device)
     draws = draws[: max(MIN_DRAWS, TUNING_BUDGET // (count * logits.shape[1]))]
     # In float64: where the loss is flat, the rounding of float32 would decide where the search ends.
     draws, tolerance = (draws.float(), 1e-7) if logits.shape[1] >= MANY else (draws.double(), 1e-13)
@@ -117,7 +119,7 @@ def calibrate(
     start = _start(points, curvature, likelihood, given, count, world)
     free = free_scales(given, features, curvature, likelihood)
     precision = torch.tensor([WIDTHS[name] ** -2 / count for name in free]).to(curvature)
-    parts = slices(len(logits), max(1, CHUNK // (logits.shape[1] * max(draws.shape))))
+    parts = slices(len(logits), chunks(curvature).tuning // (logits.shape[1] * max(draws.shape)))
 
     def posterior(steps: Tensor) -> Posterior:
         """The start, its free scales multiplied by the exponentials of `steps`."""
@@ -125,14 +127,15 @@ def calibrate(
         return replace(start, **{name: getattr(start, name) * by for name, by in zip(free, factors, strict=True)})
 
     def losses(steps: Tensor, part: slice) -> Tensor:
-        chosen = posterior(steps)
-        mean, along = logits[part].to(draws), features[part].to(draws)
+        chosen, some = posterior(steps), points.rows(part).to(curvature.device)
+        mean, along = some.logits.to(draws), some.features.to(draws)
         if likelihood.sees_samples_only(predictive):  # which the features give at once, without a factor of their own
             gaussian = Gaussian(mean, along, chosen.coordinates(draws))
         else:
             gaussian = Gaussian(mean, chosen.factor(along), draws)
         prediction = likelihood.predict(gaussian, predictive, chosen.temperature.to(draws))
-        return weights[part] * likelihood.nll(prediction, targets[part])
+        assert some.weights is not None
+        return some.weights * likelihood.nll(prediction, some.targets)
 
     def loss_and_gradient(steps: Tensor) -> tuple[Tensor, Tensor]:
         steps = steps.detach().requires_grad_()
@@ -240,7 +243,6 @@ def _start(
 
     Where outputs have a unit, a variance of one would be of any size: as much as that of the noise, then.
     """
-    logits, features = points.logits.double(), points.features
 
     def scale(name: str, otherwise: Tensor | float) -> Tensor:
         value = given.get(name)
@@ -254,13 +256,14 @@ def _start(
     least = eigenvalues[-1] * FLAT if eigenvalues[-1] > 0 else one
     prior = scale("prior_variance", 1 / eigenvalues.clamp_min(least).log().mean().exp())
     unscaled = Posterior(curvature, prior, one, one, one, spectrum=spectrum)
-    squares = curvature.new_zeros(features.shape[2])  # (K + m,)
-    for part in slices(len(logits), max(1, CHUNK // max(1, features[:1].numel()))):
-        units = likelihood.information(logits[part]).sqrt() if likelihood.has_units else logits.new_ones(1)
-        squares += (units.unsqueeze(-1) * unscaled.factor(features[part].double())).square().sum((0, 1))
+    squares = curvature.new_zeros(points.features.shape[2])  # (K + m,)
+    for part in slices(len(points.logits), chunks(curvature).tuning // max(1, points.features[:1].numel())):
+        some = points.rows(part).to(curvature.device)
+        units = likelihood.information(some.logits.double()).sqrt() if likelihood.has_units else one
+        squares += (units.unsqueeze(-1) * unscaled.factor(some.features.double())).square().sum((0, 1))
     rank = len(curvature)
     sums = world.sum(torch.stack([squares[:rank].sum(), squares[rank:].sum()]))
-    inside, outside = (inverse(total / (count * features.shape[1])) for total in sums)
+    inside, outside = (inverse(total / (count * points.features.shape[1])) for total in sums)
     return Posterior(
         curvature,
         prior,

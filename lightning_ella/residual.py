@@ -3,6 +3,8 @@
 Probes are made from a seed when a predictor is made, held beside the basis, and never written to a file.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -11,15 +13,22 @@ from .numerics import exact
 FEWEST = 10  # a single variance is then off by 45 % (standard deviation), and novelty, a sum over outputs, by less
 
 
-def num_probes(residual: str | int, rank: int, *, reverse: bool) -> int:
-    """m: none, as many as given, or as many as are cheap.
+def num_probes(residual: str | int, rank: int, *, reverse: bool, most: int = sys.maxsize) -> int:
+    """m: none, as many as given, or as many as are cheap and no more than `most`, which the memory has a place for.
 
     In forward mode a probe costs as much as a direction of the basis: half as many. In reverse mode it costs less:
     twice as many. Never fewer than `FEWEST`: novelty would be noise.
     """
     if isinstance(residual, int):
         return residual
-    return {"none": 0, "auto": max(FEWEST, 2 * rank if reverse else rank // 2)}[residual]
+    return {"none": 0, "auto": max(FEWEST, min(most, 2 * rank if reverse else rank // 2))}[residual]
+
+
+def random_signs(count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
+    """Random −1 and 1, (count,) int8, the same on every device: 64 from each number that the generator draws."""
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 64),), generator=generator)
+    bits = words.view(torch.uint8).to(device).unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=device)
+    return bits.bitwise_and_(1).flatten()[:count].to(torch.int8).mul_(2).sub_(1)
 
 
 def with_probes(basis: dict[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:
@@ -40,7 +49,7 @@ def _outside(basis: dict[str, Tensor], rank: int, count: int, generator: torch.G
     overlap = torch.zeros(())
     for name in sorted(basis):  # a file may have another order
         part = basis[name]
-        signs = torch.randint(2, (count, *part.shape[1:]), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+        signs = random_signs(count * part[0].numel(), generator, part.device).view(count, *part.shape[1:])
         basis[name] = torch.cat([part, signs.to(part).div_(count**0.5)])
         inside, outside = _halves(basis[name], rank)
         overlap = overlap + outside @ inside.T  # (m, K)

@@ -18,6 +18,7 @@ from .data import Unpack
 from .distributed import World
 from .fit import Progress, silent
 from .linearize import num_samples
+from .numerics import WITHOUT_FLOAT64
 from .samplers import len_of
 
 PACKAGES = {"lightning", "pytorch_lightning", "lightning_fabric"}
@@ -43,8 +44,6 @@ def refuse_unusable(trainer: Trainer) -> None:
             f"ELLA needs torch.distributed for {trainer.world_size} processes, which {strategy.__name__} does not "
             f"use: {afterwards}"
         )
-    if trainer.strategy.root_device.type == "mps":
-        raise ValueError("ELLA needs float64, which MPS does not have: pass Trainer(accelerator='cpu').")
 
 
 def world_of(trainer: Trainer) -> World:
@@ -52,6 +51,12 @@ def world_of(trainer: Trainer) -> World:
     if trainer.world_size == 1:
         return World()
     return World(torch.distributed.group.WORLD, trainer.strategy.root_device)
+
+
+def place_of(trainer: Trainer) -> torch.device:
+    """Where to fit: on the trainer's device, or on the CPU where that has no float64."""
+    device = trainer.strategy.root_device
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:

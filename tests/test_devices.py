@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_ella import LIKELIHOODS, ELLACallback, ELLAPredictor, fit_ella
+from lightning_ella.numerics import WITHOUT_FLOAT64
+from lightning_ella.posterior import calibrate
 
 SMALL: dict[str, Any] = {"num_landmarks": 30, "rank": 4, "num_curvature": 20, "memory_budget": 10**8}
 
@@ -192,6 +194,62 @@ def test_labels_and_data_that_lie_there(landmarks: str, source: str):
     assert found[0].equal(found[1])
 
 
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_calibration_features_beyond_a_quarter_of_the_budget_stay_on_the_cpu(
+    likelihood: str, monkeypatch: pytest.MonkeyPatch
+):
+    case, found, places = make_case("mlp"), [], []
+
+    def noted(points: Any, *args: Any, **kwargs: Any) -> Any:
+        places.append(points.features.device.type)
+        return calibrate(points, *args, **kwargs)
+
+    monkeypatch.setattr("lightning_ella.fit.calibrate", noted)
+    targets = case.targets if likelihood == "classification" else case.logits() + torch.randn(60, 3)
+    data = ListDataset(list(zip(case.inputs, targets, strict=True)))
+    numbers = 60 * 3 * (4 + 10) * 8  # of features, along 4 directions and 10 probes, in bytes
+    for place, budget in (("cpu", 10**8), (device(), 4 * numbers), (device(), 4 * numbers - 8)):
+        loader = DataLoader(data, 7)
+        settings = SMALL | {"memory_budget": budget}
+        predictor = fit_ella(case.model.to(place), loader, loader, likelihood, **settings)
+        found.append([predictor.covariance_scale.cpu(), predictor(to(case.inputs, place)).logits_variance.cpu()])
+    assert places == ["cpu", "pretend", "cpu"]
+    for values in zip(*found, strict=True):
+        torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(values[0], values[2], rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture
+def without_float64() -> Iterator[None]:
+    WITHOUT_FLOAT64.add("pretend")
+    yield
+    WITHOUT_FLOAT64.discard("pretend")
+
+
+def test_where_there_is_no_float64_one_is_told_what_to_do(without_float64: None, tmp_path: Path):
+    case = make_case("mlp")
+    predictor = fit_ella(case.model, case.loader(), prior_variance=0.5, **SMALL)
+    file = predictor.save(tmp_path / "ella.safetensors")
+    case.model.to(device())
+    attempts = (
+        lambda: fit_ella(case.model, case.loader(), prior_variance=0.5, **SMALL),
+        lambda: ELLAPredictor.load(file, case.model),
+        lambda: predictor(case.inputs),
+    )
+    for attempt in attempts:
+        with pytest.raises(
+            ValueError, match=r"needs float64, which PRETEND does not have: .* model\.cpu\(\)"
+        ):
+            attempt()
+
+
+def test_a_network_on_several_devices_is_refused():
+    case = make_case("mlp")
+    case.model[0].to(device())  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"on several devices \(cpu, pretend:0\).*without device_map="):
+        fit_ella(case.model, case.loader(), **SMALL)
+
+
 class Noted(Net):
     """Asks its head within its own steps."""
 
@@ -201,9 +259,14 @@ class Noted(Net):
         self.log("test_nll", -out.log_prob(batch[1]).mean())
 
 
+@pytest.mark.parametrize("has_float64", [True, False])
 @pytest.mark.parametrize("labels", ["batches", "targets"])
 @pytest.mark.parametrize("weights", ["last", "best"])
-def test_the_callback_in_a_trainer_of_another_device(tmp_path: Path, weights: str, labels: str):
+def test_the_callback_in_a_trainer_of_another_device(
+    tmp_path: Path, weights: str, labels: str, has_float64: bool, request: pytest.FixtureRequest
+):
+    if not has_float64:
+        request.getfixturevalue("without_float64")
     found = []
     for place in ("cpu", "pretend"):
         torch.manual_seed(0)
@@ -232,7 +295,7 @@ def test_the_callback_in_a_trainer_of_another_device(tmp_path: Path, weights: st
         assert not any(isinstance(tensor, Pretend) for tensor in held)  # nothing stays behind there
         out = predictor(x)
         found.append([out.probs, out.novelty, predictor.curvature])
-        if weights == "last":
+        if weights == "last" and has_float64:
             nll = trainer.test(module, DataLoader(blobs(40, 3), 16), verbose=False)[0]["test_nll"]
             found[-1].append(torch.tensor(nll))
             found[-1].append(predictor(x).probs.cpu())
