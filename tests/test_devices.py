@@ -237,9 +237,7 @@ def test_where_there_is_no_float64_one_is_told_what_to_do(without_float64: None,
         lambda: predictor(case.inputs),
     )
     for attempt in attempts:
-        with pytest.raises(
-            ValueError, match=r"needs float64, which PRETEND does not have: .* model\.cpu\(\)"
-        ):
+        with pytest.raises(ValueError, match=r"needs float64, which PRETEND does not have: .* model\.cpu\(\)"):
             attempt()
 
 
