@@ -1,9 +1,9 @@
 # make demo: handwritten digits, a small ResNet, and ELLA at the end.   make test: lint, types and tests.   make docs: the site.
-# make clients: projects of others, with the callback.
+# make clients: projects of others, with the callback.   make gpu: the tests and the figures of a GPU, in ten minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs clients
+.PHONY: demo test docs clients gpu
 demo: .venv/recipes
 	$(BIN)/python recipes/train.py
 
@@ -15,6 +15,10 @@ test: .venv/dev
 
 docs: .venv/dev
 	$(BIN)/mkdocs build
+
+gpu: .venv/dev
+	$(BIN)/pytest tests/test_cuda.py
+	$(BIN)/python recipes/gpu.py
 
 clients: .venv/recipes
 	$(BIN)/python recipes/clients.py $(only)

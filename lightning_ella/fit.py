@@ -255,7 +255,7 @@ def run(
     give_back()
     took = {stage: end - start for (stage, end), start in zip(ended.items(), (started, *ended.values()), strict=False)}
     with world.quiet():
-        log.info("ELLA: the fit took %s.", _listed(took))
+        log.info("ELLA: the fit took %s.", _listed(took), extra={"seconds": took})
     figures |= {
         **{f"ella/{name}": float(getattr(posterior, name)) for name in SCALES},
         **{f"ella/{name}": value for name, value in _noise(likelihood).items()},

@@ -4,9 +4,12 @@
     python recipes/benchmark.py network=resnet18   # timm's, 224 x 224, 1000 classes; or vit_tiny, vit_b16
     python recipes/benchmark.py fit=true           # memory of a whole fit, and the formula's
     python recipes/benchmark.py processes=2        # time of a whole fit by one process and by two, of one thread each
+    python recipes/benchmark.py device=cuda        # on a GPU
 
-Times are medians of interleaved rounds, a sample each, and ratios to the plain forward pass F of the same run. Peak
-memory is that of a process that does nothing else, above what it held with the network loaded.
+Times are medians of interleaved rounds, a sample each, and ratios to the plain forward pass F of the same run; on a GPU
+by its own events. Peak memory is that of a process that does nothing else, above what it held with the network loaded:
+of the GPU's memory, if it works there. Launches are kernels on a GPU, operations on a CPU; `as_on_a_gpu=true` works on
+as much at a time as a GPU gets, to count them without one.
 """
 
 import json
@@ -30,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_ella import fit_ella
+from lightning_ella import chunks, fit_ella
 from lightning_ella.engine import Linearization
 from lightning_ella.linearize import as_function
 from lightning_ella.memory import free_memory
@@ -55,11 +58,14 @@ def build(config: DictConfig, rank: int | None = None) -> Bench:
     """The same network and noise in every process; `rank` is that of the configuration, or 0 for no basis."""
     torch.manual_seed(0)
     network = config.networks[config.network]
-    model = instantiate(network.model).eval()
-    count = max(network.samples, *network.peer_batches)
-    images = torch.randn(count, 3, network.size, network.size)
+    outputs = {} if config.num_outputs is None else {"num_classes": config.num_outputs}
+    model = instantiate(network.model, **outputs).eval().to(config.device)
+    count = max(config.samples or network.samples, *network.peer_batches)
+    images = torch.randn(count, 3, network.size, network.size).to(config.device)
     directions: int = config.rank if rank is None else rank
-    basis = {name: torch.randn(directions, *p.shape).div_(100) for name, p in model.named_parameters()}
+    basis = {name: torch.randn(directions, *p.shape).div_(100).to(p) for name, p in model.named_parameters()}
+    if config.as_on_a_gpu:
+        chunks.CPU = chunks.GPU
     return Bench(model, images, basis)
 
 
@@ -128,7 +134,7 @@ def peer_gradient(bench: Bench, samples: int) -> Job:
     """laplace-torch: whole Jacobians, C x P a sample, of which one row is kept."""
     outputs = bench.model(bench.images[:1]).shape[1]
     needed = outputs * sum(p.nbytes for p in bench.model.parameters())
-    if needed > free_memory(torch.device("cpu")):
+    if needed > free_memory(bench.images.device):
         raise MemoryError(f"needs {needed / 1e9:.0f} GB a sample")
     peer = laplace_torch(bench)
     bench.model.output_size = outputs  # type: ignore[assignment]
@@ -161,7 +167,8 @@ def projection(bench: Bench, samples: int) -> Job:
 
 def jobs(config: DictConfig) -> dict[str, Callable[[Bench], Job]]:
     """Everything that is measured, by name."""
-    samples, batches = config.networks[config.network].samples, config.networks[config.network].peer_batches
+    network = config.networks[config.network]
+    samples, batches = config.samples or network.samples, network.peer_batches
     few = min(samples, 16)
     return {
         "forward pass F": lambda bench: forward_pass(bench, samples),
@@ -191,10 +198,40 @@ def measure_times(config: DictConfig) -> tuple[dict[str, list[float]], dict[str,
                 failures[name] = str(error).splitlines()[0]
         for _ in range(config.rounds):
             for name, job in ready.items():
-                started = time.perf_counter()
-                job.run()
-                times.setdefault(name, []).append((time.perf_counter() - started) / job.samples)
+                times.setdefault(name, []).append(seconds(job.run, bench.images.device) / job.samples)
     return times, failures
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """What it takes, until a GPU has done it."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure_launches(config: DictConfig) -> dict[str, float]:
+    """Kernels a sample on a GPU, or operations that call no other on a CPU, by job."""
+    bench, found = build(config), {}
+    device = bench.images.device.type
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with as_function():
+        for name, make in jobs(config).items():
+            if "ours" in name:
+                job = make(bench)
+                job.run()
+                with torch.profiler.profile(activities=[activity]) as profile:
+                    job.run()
+                events = [event for event in profile.events() or () if event.device_type.name == device.upper()]
+                found[name] = sum(not event.cpu_children for event in events) / job.samples
+    return found
 
 
 def measure_memory(config: DictConfig, name: str, answer: Any) -> None:
@@ -202,10 +239,10 @@ def measure_memory(config: DictConfig, name: str, answer: Any) -> None:
     bench = build(config)
     with as_function():
         bench.model(bench.images[:1])
-        before = memory("VmRSS")
+        before = memory_now(bench.images.device)
         try:
             jobs(config)[name](bench).run()
-            answer.send(memory("VmHWM") - before)
+            answer.send(memory_at_most(bench.images.device) - before)
         except Exception:
             answer.send(None)
 
@@ -217,7 +254,8 @@ def measure_fit(config: DictConfig, answer: Any) -> None:
     again = [i % len(bench.images) for i in range(count)]  # so many different images would take more than the fit
     loader = DataLoader(Subset(TensorDataset(bench.images, labels), again), batch_size=8)
     bench.model(bench.images[:1])
-    before, started = memory("VmRSS"), time.perf_counter()
+    device = bench.images.device
+    before, started = memory_now(device), time.perf_counter()
     fit_ella(
         bench.model,
         loader,
@@ -229,8 +267,8 @@ def measure_fit(config: DictConfig, answer: Any) -> None:
         prior_variance=1.0,
         covariance_scale=1.0,
     )
-    peak, seconds = memory("VmHWM") - before, time.perf_counter() - started
-    answer.send((peak, formula(config, bench), seconds))
+    peak, took = memory_at_most(device) - before, time.perf_counter() - started
+    answer.send((peak, formula(config, bench), took))
 
 
 def measure_processes(config: DictConfig, rank: int, size: int, meeting: str, answer: Any) -> None:
@@ -287,14 +325,15 @@ def formula(config: DictConfig, bench: Bench) -> int:
     with as_function():
         linearization = Linearization(bench.model)
         measured = linearization.sizes(bench.images)
-        a, C, largest = measured.activations, measured.num_outputs, measured.largest
+        a, C, largest = measured.held + measured.cotangent, measured.num_outputs, measured.largest
         linearization._fold(bench.images, {name: p.unsqueeze(0) for name, p in linearization.parameters.items()})
         folded = linearization._folding.numel if linearization._folding else 0
     held = M * P * b <= budget // 2
     d = P if held else min(16 * M, budget // (4 * M * b))
-    working_set = min(2**29, budget // 4)
-    r = max(1, min(64, working_set // (2 * (P * b + a))))
-    s = max(2, 2**25 // (20 * largest))
+    at_a_time = chunks.chunks(bench.images)
+    working_set = min(at_a_time.reverse, budget // 4)
+    r = max(1, min(at_a_time.samples, working_set // (2 * P * b + a)))
+    s = max(2, min(at_a_time.forward, budget // 4) // (2 * 20 * largest))
     chunk = r * (2 * P * b + a)
     tangents = K * folded * b if K * folded * b <= budget // 4 else 0
     work = working_set if C <= K else 20 * (6 * s * largest + 2 * max(sizes) * b)
@@ -318,16 +357,45 @@ def in_own_process(target: Callable, *arguments: Any) -> Any:
         process.join()
 
 
+def memory_now(device: torch.device) -> int:
+    """Bytes held: of the GPU by torch, or of the machine by this process. What was held at most counts from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return memory("VmRSS")
+
+
+def memory_at_most(device: torch.device) -> int:
+    """The most bytes that were held."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else memory("VmHWM")
+
+
 def memory(field: str) -> int:
     """Bytes by the kernel's account (Linux): VmRSS now, VmHWM at most since the process began."""
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def show(config: DictConfig, times: dict[str, list[float]], failures: dict[str, str], peaks: dict[str, Any]) -> dict:
+def machine(device: torch.device) -> str:
+    """What the figures are of."""
+    if device.type != "cuda":
+        return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    versions = f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    return f"{torch.cuda.get_device_name(device)}, {versions}, matmul {torch.get_float32_matmul_precision()}"
+
+
+def show(
+    config: DictConfig,
+    times: dict[str, list[float]],
+    failures: dict[str, str],
+    peaks: dict[str, Any],
+    launches: dict[str, float],
+) -> dict:
     """Print the table and the ratios that matter; return them."""
     unit = median(times["forward pass F"])
-    table = Table("", "ms a sample", "F", "from … to", "peak MB", title=f"{config.network}, K = {config.rank}")
+    title = f"{config.network}, K = {config.rank}, on {machine(torch.device(config.device))}"
+    columns = ("ms a sample", "F", "from … to", "peak MB", *(["launches"] if launches else []))
+    table = Table("", *columns, title=title)
     rows = {}
     for name, taken in times.items():
         rows[name] = {
@@ -335,14 +403,16 @@ def show(config: DictConfig, times: dict[str, list[float]], failures: dict[str, 
             "F": median(taken) / unit,
             "spread": [min(taken) / unit, max(taken) / unit],
             "peak_bytes": peaks.get(name),
+            "launches": launches.get(name),
         }
         row, peak = rows[name], peaks.get(name)
         spread = "{:.1f} … {:.1f}".format(*row["spread"])
-        table.add_row(name, f"{row['ms']:.2f}", f"{row['F']:.1f}", spread, "" if peak is None else f"{peak / 1e6:.0f}")
+        cells = name, f"{row['ms']:.2f}", f"{row['F']:.1f}", spread, "" if peak is None else f"{peak / 1e6:.0f}"
+        table.add_row(*cells, *([f"{launches[name]:.0f}"] if name in launches else []))
     for name, reason in failures.items():
         table.add_row(name, "", "", reason, "")
     Console(width=120).print(table)
-    report = {"rows": rows, "failures": failures, "ratios": ratios(rows)}
+    report = {"machine": title, "rows": rows, "failures": failures, "ratios": ratios(rows)}
     for name, value in report["ratios"].items():
         Console(width=120).print(f"{name}: {value:.3g}", highlight=False)
     return report
@@ -374,6 +444,7 @@ def ratios(rows: dict[str, dict]) -> dict[str, float]:
 def main(config: DictConfig) -> None:
     """Measure, print, and write benchmark.json."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    torch.set_float32_matmul_precision(config.matmul)
     if config.fit:
         found = in_own_process(measure_fit, config)
         peak, expected, seconds = found
@@ -396,7 +467,8 @@ def main(config: DictConfig) -> None:
         return
     times, failures = measure_times(config)
     peaks = {name: in_own_process(measure_memory, config, name) for name in times} if config.peaks else {}
-    report = show(config, times, failures, peaks)
+    launches = measure_launches(config) if config.launches else {}
+    report = show(config, times, failures, peaks, launches)
     (folder / "benchmark.json").write_text(json.dumps(report, indent=2))
 
 

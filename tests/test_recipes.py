@@ -182,6 +182,17 @@ def test_the_benchmark_compares_the_memory_of_a_fit_with_the_formula(folder: Pat
     assert "GB by the formula" in printed
 
 
+def test_the_figures_of_a_gpu_are_taken_of_any_device(folder: Path):
+    small = ["device=cpu", "measured=[tiny]", "num_outputs=[3]", "matmul=[highest]", "samples=4", "few=20", "unseen=20"]
+    small += ["tuned=50"]
+    (made,), printed = start("gpu.py", folder, *small, "rounds=1", "rank=2")
+    found = json.loads((made / "gpu.json").read_text())
+    assert found["machine"] in printed
+    (row,) = found["rows"]
+    assert min(value for name, value in row.items() if name not in ("network", "matmul", "peak, of the budget")) > 0
+    assert row["samples a chunk"] == 64
+
+
 def test_the_slurm_launcher_composes(monkeypatch: pytest.MonkeyPatch):
     overrides = ["launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=8"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
