@@ -211,8 +211,7 @@ def run(
                 "ELLA: %d directions, and %d random probes of the variance outside their span%s.",
                 *(rank, probes, ", as many as fit the memory budget" if cut else ""),
             )
-            with _naming_what_takes_less():
-                with_probes(basis, probes, settings.seed)
+            with_probes(basis, probes, settings.seed)
         if held_out is None:
             effective = num_outputs - (example[0, ..., 0].numel() if likelihood.invariant else 0)
             spread_over = min(linearization.network.num_parameters, len(train) * effective) - rank
@@ -398,16 +397,6 @@ def _most_probes(linearization: Linearization, settings: Settings) -> int:
     numbers = sum(value.numel() for value in linearization.parameters.values())
     each = 2 if settings.basis_precision == "bf16" else next(iter(linearization.parameters.values())).element_size()
     return linearization.memory_budget // (each * numbers)
-
-
-@contextmanager
-def _naming_what_takes_less() -> Iterator[None]:
-    """Say in an error for want of memory how directions and probes take less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        error.add_note("ELLA: directions and probes do not fit: pass basis_precision='bf16', rank= or residual= lower.")
-        raise
 
 
 def _identity(

@@ -33,7 +33,7 @@ from .residual import with_probes
 from .settings import Settings
 from .top import Selection
 
-FORMAT = "lightning-ella 3"
+FORMAT = "lightning-ella 4"
 MAX_HELD = 100_000  # points of a stream that are learnt from at once
 MAX_DRAWN = 2**28  # numbers S (K + m): a file may not ask for more
 

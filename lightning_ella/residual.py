@@ -41,8 +41,14 @@ def with_probes(basis: dict[str, Tensor], count: int, seed: int) -> dict[str, Te
         return basis
     generator = torch.Generator().manual_seed(seed)
     rank = len(next(iter(basis.values())))
-    with exact():
-        return _outside(basis, rank, count, generator)
+    try:
+        with exact():
+            return _outside(basis, rank, count, generator)
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            "ELLA: directions and probes do not fit: pass basis_precision='bf16', or a lower rank= or residual="
+        )
+        raise
 
 
 def _outside(basis: dict[str, Tensor], rank: int, count: int, generator: torch.Generator) -> dict[str, Tensor]:

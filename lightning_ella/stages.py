@@ -13,7 +13,7 @@ from .distributed import World
 
 log = logging.getLogger(__name__)
 
-FORMAT = "lightning-ella stages 1"
+FORMAT = "lightning-ella stages 2"
 
 
 class Stages:

@@ -60,6 +60,13 @@ def test_some_memory_is_free():
     assert 2**20 < free_memory(CPU) < 2**50
 
 
+def test_what_torch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch):
+    figures = {"mem_get_info": (5, 80), "memory_reserved": 70, "memory_allocated": 10}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda", 0)) == 5 + 70 - 10
+
+
 @glibc
 def test_large_blocks_are_kept_inside_and_mapped_outside():
     with keeping_pages(CPU):

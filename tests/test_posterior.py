@@ -86,6 +86,13 @@ def test_calibration_recovers_the_scale_that_made_the_labels():
     assert 2.0 < posterior.covariance_scale < 8.0
 
 
+def test_the_curvature_is_decomposed_once(monkeypatch: pytest.MonkeyPatch):
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(1) or eigh(matrix))
+    calibrated(4.0, 200, given={})
+    assert len(calls) == 1
+
+
 def test_calibration_recovers_the_temperature_that_made_the_labels():
     logits, features, _ = labelled(1.0, 3000)
     targets = torch.distributions.Categorical(logits=logits / 2.0).sample()

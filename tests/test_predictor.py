@@ -54,6 +54,18 @@ def test_another_network_is_refused(tmp_path: Path):
         ELLAPredictor.load(path, make_case("vit").model)
 
 
+def test_other_weights_at_the_same_address_are_noticed():
+    case = make_case("mlp")
+    predictor = fitted(case)
+    weight = case.model[0].weight
+    with torch.no_grad():
+        weight.data.add_(1.0)  # as when an allocator hands out the address again: nothing counts it
+    case.model[0].weight = torch.nn.Parameter(weight.data)
+    assert case.model[0].weight.data_ptr() == weight.data_ptr()
+    with pytest.raises(ValueError, match="was fitted at other weights"):
+        predictor(case.inputs)
+
+
 def test_weights_that_change_later_are_noticed():
     case = make_case("mlp")
     predictor = fitted(case)

@@ -1,13 +1,17 @@
 """Random directions outside the span of the basis."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Case, flat, make_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from lightning_ella import ELLAPredictor, fit_ella
-from lightning_ella.residual import num_probes, with_probes
+from lightning_ella.residual import num_probes, random_signs, with_probes
 
 SMALL = {"num_landmarks": 30, "rank": 4, "prior_variance": 0.5, "covariance_scale": 2.0, "residual_scale": 3.0}
 
@@ -70,6 +74,45 @@ def test_as_many_probes_as_are_cheap_but_not_so_few_that_they_say_nothing(
     residual: str | int, rank: int, reverse: bool, expected: int
 ):
     assert num_probes(residual, rank, reverse=reverse) == expected
+
+
+def test_no_more_probes_are_made_than_the_memory_has_a_place_for(caplog: pytest.LogCaptureFixture):
+    assert [num_probes("auto", 20, reverse=True, most=most) for most in (100, 30, 3)] == [40, 30, 10]
+    assert num_probes(50, 20, reverse=True, most=3) == 50  # as many as are asked for
+    case, kinds = make_case("mlp"), {"full": 8, "bf16": 2}
+    case.model = nn.Sequential(nn.Linear(3, 200), nn.Tanh(), nn.Linear(200, 3)).double()
+    size = sum(p.numel() for p in case.model.parameters())
+    for kind, nbytes in kinds.items():
+        for budget, expected, said in ((13 * size * nbytes, 13, True), (10**6, 16, False)):
+            options = {"rank": 8, "basis_precision": kind, "memory_budget": budget, "num_landmarks": 10}
+            caplog.clear()
+            predictor = fit_ella(case.model, case.loader(), case.loader(), engine="layerwise", **options)
+            assert predictor.settings["residual"] == expected
+            assert any("as many as fit the memory budget" in record.message for record in caplog.records) == said
+
+
+def test_a_want_of_memory_for_them_names_what_takes_less(monkeypatch: pytest.MonkeyPatch):
+    case = make_case("mlp")
+
+    def greedy(*_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 80 GB")
+
+    monkeypatch.setattr("lightning_ella.residual.random_signs", greedy)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        fitted(case, residual=5)
+    assert "basis_precision='bf16'" in caught.value.__notes__[0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 2**31))
+def test_signs_are_balanced_independent_and_the_start_of_longer_ones(count: int, seed: int):
+    signs = [random_signs(n, torch.Generator().manual_seed(seed), "cpu") for n in (count, 100_000)]
+    assert signs[0].unique().tolist() in ([-1, 1], [-1], [1])
+    assert signs[1][:count].equal(signs[0])
+    values = signs[1].double()
+    for lag in (1, 8, 63, 64):
+        assert (values[lag:] * values[:-lag]).mean().abs() < 0.02
+    assert values.mean().abs() < 0.02
 
 
 def test_the_engine_decides_how_many_are_cheap():
