@@ -43,14 +43,18 @@ class World:
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"):
         self.group, self.control, self.device = group, group, torch.device("cpu")
-        if group is not None and _is_nccl(group):
-            _check_current(device)
-            self.control, self.device = _control_of(group), torch.device(device)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._stage = "the start"
         self._stages = 0
+        if group is not None and not _works_on_cpus(group):
+            self.device = torch.device(device)
+        if group is not None and _is_nccl(group):
+            with self._contact():
+                self.control = _control_of(group)
         self._name = self.object_from_first(f"ella/{uuid.uuid4()}")
+        with self.together("the choice of GPUs"):
+            _check_current(self.device)
 
     @property
     def first(self) -> bool:
@@ -229,7 +233,8 @@ def _control_of(group: dist.ProcessGroup) -> Any:
     if group not in _controls:
         ranks = dist.get_process_group_ranks(group)
         timeout = _timeout_of(group)
-        _controls[group] = dist.new_group(ranks, timeout, backend="gloo", use_local_synchronization=True)
+        some = len(ranks) < dist.get_world_size()  # of all processes: the others do not take part
+        _controls[group] = dist.new_group(ranks, timeout, backend="gloo", use_local_synchronization=some)
     return _controls[group]
 
 
@@ -238,9 +243,14 @@ def _is_nccl(group: dist.ProcessGroup) -> bool:
     return "nccl" in str(dist.get_backend_config(group))
 
 
-def _check_current(device: torch.device | str) -> None:
-    index = torch.device(device).index
-    if torch.device(device).type == "cuda" and index is not None and torch.cuda.current_device() != index:
+def _works_on_cpus(group: dist.ProcessGroup) -> bool:
+    """Whether tensors on the CPU can go over this group, and nothing is faster."""
+    return "cpu:" in str(dist.get_backend_config(group)) and not _is_nccl(group)
+
+
+def _check_current(device: torch.device) -> None:
+    index = device.index
+    if device.type == "cuda" and index is not None and torch.cuda.current_device() != index:
         raise ValueError(
             f"the network is on cuda:{index}, but this process works on cuda:{torch.cuda.current_device()}, which NCCL "
             f"would take: call torch.cuda.set_device({index}) first."

@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from .batches import Inputs, Picked, call, num_samples, rows, slices
 from .chunks import chunks
 from .copies import Cast
 from .folding import UNFOLDED, Folding, StaleError, find_folding
 from .forward_mode import ForwardMode, Reduce
-from .layerwise import MAX_COTANGENTS, Cotangents, Layerwise
+from .layerwise import MAX_COTANGENTS, Cotangents, Footprint, Layerwise
 from .linearize import Basis, Forward, Network, channel_axis, check_finite, version
 from .memory import free_memory, give_back, keeping_pages
 from .numerics import BROKEN, WITHOUT_FLOAT64
@@ -43,7 +42,7 @@ class Sizes:
     """What a forward pass of one sample takes."""
 
     num_outputs: int  # C
-    held: int  # bytes that autograd saves, whichever functions they are for, and inputs of layers
+    held: int  # bytes that autograd saves, whichever functions they are for, inputs of layers, and twice the largest
     cotangent: int  # bytes that a cotangent adds: of the outputs of layers with a rule
     largest: int  # bytes of the largest activation
 
@@ -211,12 +210,35 @@ class Linearization:
         """Measure, once, what a forward pass of one of `inputs` takes."""
         folded = bool(folding.pairs)
         if folded not in self._sizes:
+            if not num_samples(inputs):
+                raise ValueError("the batch has no inputs: leave it out.")
             self.network.settle(inputs)
             self.layerwise.by_rule(inputs)
-            one = rows(inputs, slice(0, 1))  # of its own, else it would be as large as what it is a view of
-            one = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, one)
-            self._sizes[folded] = Sizes(*self.layerwise.footprint(one, folding))
+            self._sizes[folded] = self._measured(inputs, folding)
         return self._sizes[folded]
+
+    def _measured(self, inputs: Inputs, folding: Folding) -> Sizes:
+        """What two samples take beyond what one does: what is made of weights alone is there once."""
+        few = [rows(inputs, torch.tensor(numbers)) for numbers in ([0], [0, 0])]  # of their own, no views of the rest
+        try:
+            one, two = self._footprints(few, folding)
+        except StaleError:
+            self._unfold()
+            return self.sizes(inputs)
+        held, outputs, cotangents = (
+            [max(0, b - a) for a, b in zip(*each, strict=True)] if len(each[0]) == len(each[1]) else each[0]
+            for each in zip(one[1:], two[1:], strict=True)
+        )
+        largest = max([*outputs, *held])
+        return Sizes(one.num_outputs, sum(held) + 2 * largest, sum(cotangents), largest)
+
+    def _footprints(self, few: list[Inputs], folding: Folding) -> list[Footprint]:
+        try:
+            return [self.layerwise.footprint(some, folding) for some in few]
+        except (*BROKEN, StaleError):
+            raise
+        except Exception:  # what is saved cannot be seen in a network that has derivatives within itself
+            return [self.layerwise.footprint(some, folding, watched=False) for some in few]
 
     def _in_parts(self, inputs: Inputs, samples: int, work: Callable[[Inputs, slice], T]) -> Iterator[tuple[Inputs, T]]:
         """So many samples at a time, with what `work` makes of them; half as many from where they do not fit."""
@@ -272,8 +294,11 @@ class Linearization:
         try:
             return way(tangents, folding)
         except StaleError:
-            self._folding, self._folded, self._folded_from = UNFOLDED, None, []
+            self._unfold()
             return way(basis, UNFOLDED)
+
+    def _unfold(self) -> None:
+        self._folding, self._folded, self._folded_from = UNFOLDED, None, []
 
     def _fold(self, inputs: Inputs, basis: Basis) -> tuple[Folding, Basis]:
         """Which BatchNorms to fold, and the tangents that go with it, if there is memory for them."""

@@ -9,12 +9,12 @@ B samples, S cotangents each (S = C for all of J), K columns of the basis.
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,15 @@ class Pass:
     def lengths(self) -> tuple[Fraction, ...]:
         """Rows of each call's output, in samples."""
         return tuple(Fraction(call.length, len(self.logits)) for call in self.calls)
+
+
+class Footprint(NamedTuple):
+    """Bytes of a forward pass, tensor by tensor."""
+
+    num_outputs: int  # C
+    held: list[int]  # until the pass back
+    outputs: list[int]  # of layers, wherever they are held
+    cotangents: list[int]  # outputs of layers with a rule, of which each cotangent adds a gradient
 
 
 def pull_back(logits: Tensor, targets: list, cotangents: Tensor, *, keep: bool = False) -> list[Tensor | None]:
@@ -162,23 +171,39 @@ class Layerwise:
                 total[name] = parameter.new_zeros(len(logits), cotangents(logits).shape[1], parameter.numel())
         return total
 
-    def footprint(self, inputs: Inputs, folding: Folding) -> tuple[int, int, int, int]:
-        """Number of outputs, and bytes: that a pass holds, that each of its cotangents adds, of the largest tensor."""
-        held: dict[int, int] = {}
+    def footprint(self, inputs: Inputs, folding: Folding, *, watched: bool = True) -> Footprint:
+        """What a pass of these samples holds, and what a pass back makes again (checkpoints).
 
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            held[storage._cdata] = storage.nbytes()
+        If autograd is not to be watched, what layers give is taken for what is held.
+        """
+        produced: list[int] = []
+        saved: dict[int, int] = {}  # storages
+
+        def save(tensor: Tensor) -> Tensor:
+            with suppress(RuntimeError, NotImplementedError):  # what is sparse has none
+                storage = tensor.untyped_storage()
+                saved[storage._cdata] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept), self._forward(inputs, folding) as run:
+        def record(layer: nn.Module, args: tuple, output: Any) -> None:
+            produced.extend(leaf.nbytes for leaf in tree_leaves(output) if type(leaf) is Tensor and not leaf.is_sparse)
+
+        leaves = [module for module in self.network.model.modules() if not list(module.children())]
+        with ExitStack() as stack:
+            if watched:
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(save, lambda kept: kept))
+            stack.enter_context(hooked(leaves, record))
+            run = stack.enter_context(self._forward(inputs, folding))
             for call in run.calls:
-                note(call.inputs)
+                save(call.inputs)
             for weight in [*run.leaves.values(), *self.network.view.tensors.values()]:
-                held.pop(weight.untyped_storage()._cdata, None)
-            logits = check_finite(run.logits.detach())
-            outputs = [call.nbytes for call in run.calls]
-        return logits.shape[1], sum(held.values()), sum(outputs), max([logits.nbytes, *held.values(), *outputs])
+                with suppress(RuntimeError, NotImplementedError):
+                    saved.pop(weight.untyped_storage()._cdata, None)
+            forward, logits = [*produced, run.logits.nbytes], check_finite(run.logits.detach())
+            pull_back(run.logits, run.targets, torch.ones_like(logits).unsqueeze(1), keep=True)
+            again = produced[len(forward) - 1 :]
+            held = [*saved.values(), *again] if watched else forward
+            return Footprint(logits.shape[1], held, forward, [call.nbytes for call in run.calls])
 
     def bytes_held(self, inputs: Inputs) -> int:
         """Bytes that a cotangent of a sample takes for parameters whose rows of J cannot be had layer by layer."""
@@ -371,13 +396,15 @@ class Layerwise:
         mixed = torch.einsum("bsc,s->bc", cotangents, mixture)
         scaled = pull_back(run.logits, run.targets, (mixed * alphas.unsqueeze(1)).unsqueeze(1))
         layers = [self._names_of(call.layer) for call in run.calls] + [{name} for name in run.expanded]
-        wrong, seen = set(), True
+        known, checks = [], []
         for names, one, other in zip(layers, found, scaled, strict=True):
             if one is not None and other is not None:
                 one = torch.einsum("ns...,s->n...", one, mixture.to(one))
-                wrong |= names if not _follows(one, other[:, 0], alphas) else set()
-                seen = seen and bool(one.any())
-        return self._fast & wrong, seen
+                known.append(names)
+                checks.append(torch.stack([_follows(one, other[:, 0], alphas), one.any()]))
+        answers = torch.stack(checks).tolist() if checks else []  # at once: a device is waited for
+        wrong = frozenset().union(*(names for names, (follows, _) in zip(known, answers, strict=True) if not follows))
+        return self._fast & wrong, all(seen for _, seen in answers)
 
     def _by_calls(
         self, run: Pass, gradients: list[Tensor | None], part: Callable[[str, Rows], Tensor]
@@ -624,14 +651,14 @@ def _are_close(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).norm() <= BY_AUTOCAST / 10 * other.norm())
 
 
-def _follows(one: Tensor, other: Tensor, alphas: Tensor) -> bool:
-    """Whether the gradient at each sample's rows is scaled as its cotangents are, from (n, *), (n, *) and (B,)."""
+def _follows(one: Tensor, other: Tensor, alphas: Tensor) -> Tensor:
+    """Whether the gradient at each sample's rows is scaled as its cotangents are, (), from two (n, *) and (B,)."""
     if len(one) % len(alphas):
-        return False
+        return torch.zeros((), dtype=torch.bool, device=one.device)
     one, other = (gradient.reshape(len(alphas), -1).float() for gradient in (one, other))
     sizes = one.norm(dim=1)
     gaps = (other / alphas.float().unsqueeze(1) - one).norm(dim=1)
-    return bool((gaps <= BY_AUTOCAST / 2 * sizes + 1e-6 * sizes.max()).all())
+    return (gaps <= BY_AUTOCAST / 2 * sizes + 1e-6 * sizes.max()).all()
 
 
 def structure(
@@ -651,7 +678,8 @@ def structure(
         following = [(after, output) for after, output in node.next_functions if after is not None]
         todo += [after for after, _ in following if after not in numbers]
         edges = [(numbers.setdefault(after, len(numbers)), output) for after, output in following]
-        found.append((node.name(), named.get(id(getattr(node, "variable", None))), ends.get(node), *edges))
+        which = tuple(getattr(node, part, None) for part in PLACES.get(_operation(node), ()))
+        found.append((node.name(), named.get(id(getattr(node, "variable", None))), ends.get(node), which, *edges))
         moves = moves or not _keeps_places(node, _operation(node), len(logits))
     return tuple(found), moves
 
@@ -667,7 +695,7 @@ def _keeps_places(node: Any, operation: str, B: int) -> bool:
     if operation in TIMES_WEIGHTS:  # the rows are those of the other factor
         return _is_weight(node.next_functions[TIMES_WEIGHTS[operation]][0])
     if operation not in ALONG | BATCHED:
-        return operation in STILL
+        return operation in STILL or operation in PLACES
     shape = node._input_metadata[0].shape  # of the output
     if operation in BATCHED:
         return bool(shape) and shape[0] % B == 0
@@ -714,15 +742,14 @@ RESHAPED = {
     "Unsqueeze",
     "View",
 }
-ALONG = {
-    "Cat",
-    "Cumsum",
-    "Select",
-    "Slice",
-    "Split",
-    "SplitWithSizes",
-    "Stack",
-    "Unbind",
-    "Unfold",
-}  # but the first axis
+ALONG = {"Cat", "Cumsum", "Unfold"}  # but the first axis
+# Which take the rows that these numbers say: they are a part of the structure.
+PLACES = {
+    "Select": ("_saved_dim", "_saved_index"),
+    "Slice": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
+    "Split": ("_saved_dim", "_saved_split_size"),
+    "SplitWithSizes": ("_saved_dim", "_saved_split_sizes"),
+    "Stack": ("_saved_dim",),
+    "Unbind": ("_saved_dim",),
+}
 BATCHED = {"Baddbmm", "Bmm"}  # matrices along the first axis

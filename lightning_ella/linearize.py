@@ -66,7 +66,7 @@ def as_function() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        for kind in {"cpu"} | ({accelerator.type} if accelerator else set()):
+        for kind in {"cpu", "cuda"} | ({accelerator.type} if accelerator else set()):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(eager())

@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -105,7 +105,7 @@ class ELLAPredictor(nn.Module):
         self._quiet = quiet
         self.counted = frozenset(counted) | self._linearization.network.view.counted
         self.fingerprint = fingerprint(model, self.counted)
-        self._verified: tuple[tuple[int, int, int], ...] | None = _versions(model, self.counted)
+        self._verified: Versions | None = _versions(model, self.counted)
         self._view: tuple[Forward, Linearization] | None = None
         self._lock = threading.RLock()
 
@@ -239,7 +239,8 @@ class ELLAPredictor(nn.Module):
     @property
     def posterior(self) -> Posterior:
         """The Gaussian over the coordinates of the basis and of the probes."""
-        self._follow()
+        with self._lock, as_function():
+            self._follow()
         return Posterior(self.curvature, *(getattr(self, name) for name in SCALES))
 
     @property
@@ -537,10 +538,19 @@ def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[s
         raise ValueError(f"the tensors in {path} are not those of a posterior of this network ({wrong}): fit again.")
 
 
-def _versions(model: nn.Module, without: Collection[str]) -> tuple[tuple[int, int, int], ...]:
+@dataclass(frozen=True)
+class Versions:
+    """Which tensors a network has, and how often each was written to; they are held, so no other gets their id."""
+
+    tensors: list[Tensor] = field(compare=False)
+    numbers: list[tuple[int, int, int]]
+
+
+def _versions(model: nn.Module, without: Collection[str]) -> Versions:
     """Changes whenever a weight or buffer is written to or replaced; costs no look at the values."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return tuple((id(value), value.data_ptr(), version(value)) for name, value in named if name not in without)
+    tensors = [value for name, value in named if name not in without]
+    return Versions(tensors, [(id(value), value.data_ptr(), version(value)) for value in tensors])
 
 
 def _constant(leaf: Any) -> Any:

@@ -2,7 +2,7 @@
 
 What mixes devices raises as CUDA does, so that tests without a GPU find it. Each operation on such tensors is taken at
 the bottom of torch's dispatcher, below autograd, vmap and forward mode, and done on the CPU: results are the same to
-the last bit.
+the last bit. It does not know: fused recurrent cells, nested tensors, gradients of complex numbers, scripted modules.
 """
 
 import copy
@@ -21,7 +21,14 @@ KNOWN = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 CPU = torch.device("cpu")
 BETWEEN = {"aten::_to_copy", "aten::copy_", "aten::copy"}  # devices: what copies
 STRICT = {"aten::cat", "aten::stack"}  # which take not even a number from the CPU
-INDEXING = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}  # by indices of the CPU
+# Whose second argument may be on the CPU: indices, lengths.
+INDEXING = {
+    "aten::index",
+    "aten::index_put_",
+    "aten::index_put",
+    "aten::_index_put_impl_",
+    "aten::_pack_padded_sequence",
+}
 
 
 class Pretend(Tensor):
@@ -60,6 +67,23 @@ class Pretend(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Pretend, (self.host, self.requires_grad)
+
+    @property
+    def data(self) -> Tensor:
+        """Without a graph."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError("the pretend device cannot take other .data: copy_() them")
+
+    def untyped_storage(self) -> Any:
+        """Where the values are, so that it can be told who shares them."""
+        return self.host.untyped_storage()
+
+    def data_ptr(self) -> int:
+        """Where they begin."""
+        return self.host.data_ptr()
 
     def tolist(self) -> Any:
         """What C++ would read from memory."""

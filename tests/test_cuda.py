@@ -149,6 +149,12 @@ def test_out_of_memory_is_told_as_such(caplog: pytest.LogCaptureFixture):
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         assert any("do not fit the memory" in record.message for record in caplog.records)
+        try:
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 1e8) / whole)
+            with pytest.raises(torch.OutOfMemoryError):  # while routes are found: it is not taken for a missing rule
+                Linearization(model, memory_budget=whole).features(torch.randn(64, *IMAGE, device=DEVICE), basis)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
         assert not any("no rule" in record.message for record in caplog.records)
 
 
@@ -184,17 +190,14 @@ def test_the_same_bits_twice(name: str, users_flags: None):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vit_b16", "convnext_tiny"] if ON_GPU else ["resnet18"])
 def test_every_parameter_has_a_rule(name: str):
-    pairs = []
-    for place in ("cpu", DEVICE):
-        model, x = network(name).to(place), torch.randn(2, *IMAGE, device=place)
-        with as_function():
-            linearization = Linearization(model)
-            basis = {key: p.detach().unsqueeze(0) for key, p in linearization.parameters.items()}
-            linearization.projections(x, lambda f, _: f, basis)
-            assert not linearization.layerwise._uncovered()
-            assert linearization._folding is not None
-            pairs.append(len(linearization._folding.pairs))
-    assert pairs[0] == pairs[1]
+    model, x = network(name).to(DEVICE), torch.randn(2, *IMAGE, device=DEVICE)
+    with as_function():
+        linearization = Linearization(model)
+        basis = {key: p.detach().unsqueeze(0) for key, p in linearization.parameters.items()}
+        linearization.projections(x, lambda f, _: f, basis)
+        assert not linearization.layerwise._uncovered()
+        assert linearization._folding is not None
+        assert len(linearization._folding.pairs) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
 def test_tf32_does_not_reach_the_basis(users_flags: None):
@@ -204,8 +207,8 @@ def test_tf32_does_not_reach_the_basis(users_flags: None):
         data = ListDataset([(x.to(kind), y) for x, y in case.dataset.items])
         model = case.model.to(DEVICE, kind)
         found.append(fit_ella(model, DataLoader(data, 7), prior_variance=0.5, **SMALL))
-    V = flat(found[0].basis)
-    assert (V.T @ V - torch.eye(V.shape[1], device=V.device)).norm() < 1e-5
+    V = flat(found[0].basis).double()  # else it is the test that multiplies in TF32
+    assert (V.T @ V - torch.eye(V.shape[1]).to(V)).norm() < 1e-5
     torch.testing.assert_close(found[0].eigenvalues, found[1].eigenvalues, rtol=1e-4, atol=1e-6)
 
 
@@ -230,8 +233,10 @@ def test_batches_that_come_back_from_the_gpu_are_whole():
 def test_a_deterministic_trainer_ends_with_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     ella = ELLACallback(on_error="raise", **SMALL)
-    trainer = trained(Net(), ella, tmp_path, deterministic=True)
-    torch.use_deterministic_algorithms(False)
+    try:
+        trainer = trained(Net(), ella, tmp_path, deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert "ella/nll" in trainer.callback_metrics
 
 
@@ -241,12 +246,12 @@ def test_probabilities_read_inside_autocast(dtype: torch.dtype):
     data = ListDataset([(x.float(), y) for x, y in case.dataset.items])
     predictor = fit_ella(case.model.float().to(DEVICE), DataLoader(data, 7), prior_variance=0.5, **SMALL)
     x = torch.stack([x for x, _ in data.items[:9]]).to(DEVICE)
-    expected = predictor(x)
+    outside = predictor(x)
+    expected = outside.probs, outside.logits_covariance, outside.entropy  # worked out when they are read
     with torch.autocast(DEVICE, dtype=dtype):
         out = predictor(x)
-        assert out.probs.equal(expected.probs)
-        assert out.logits_covariance.equal(expected.logits_covariance)
-        assert out.entropy.equal(expected.entropy)
+        found = out.probs, out.logits_covariance, out.entropy
+    assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("how", ["exact", "sampled"])
@@ -303,12 +308,13 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Placed(Problem):
-    """On a device."""
+    """On a device, and large enough for NCCL."""
 
     place: str = "cpu"
 
     def network(self) -> nn.Module:
-        return super().network().to(self.place)
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 100), nn.Tanh(), nn.Linear(100, 3)).double().to(self.place)
 
 
 def take_part(rank: int, port: int, backend: str, how: str, answers: Any) -> None:
@@ -343,7 +349,7 @@ def together(backend: str, how: str = "") -> dict[int, Any]:
 
 
 def test_two_processes_on_one_gpu_over_gloo():
-    alone = fitted(World(), Problem())
+    alone = fitted(World(), Placed())
     for answer in together("gloo").values():
         assert isinstance(answer, dict), answer
         assert_same(answer, alone, 1e-8)
@@ -351,7 +357,7 @@ def test_two_processes_on_one_gpu_over_gloo():
 
 @multi_gpu
 def test_two_gpus_over_nccl():
-    alone = fitted(World(), Problem())
+    alone = fitted(World(), Placed())
     for answer in together("nccl").values():
         assert isinstance(answer, dict), answer
         assert_same(answer, alone, 1e-8)
@@ -359,7 +365,7 @@ def test_two_gpus_over_nccl():
 
 @multi_gpu
 def test_a_gpu_that_is_not_the_current_one_is_refused():
-    assert any("call torch.cuda.set_device" in str(answer) for answer in together("nccl", "unset").values())
+    assert all("call torch.cuda.set_device" in str(answer) for answer in together("nccl", "unset").values())
 
 
 @multi_gpu
@@ -375,6 +381,7 @@ def test_a_killed_process_is_an_exception_on_the_other():
 @pytest.mark.parametrize(("budget", "num_outputs"), [(10**9, 10), (4 * 10**9, 10), (4 * 10**9, 1000)])
 def test_peak_memory_is_within_the_budget(name: str, budget: int, num_outputs: int):
     model, x = network(name, num_outputs).to(DEVICE), torch.randn(256, *IMAGE, device=DEVICE)
+    at_first = torch.cuda.memory_allocated()
     with as_function():
         linearization = Linearization(model, memory_budget=budget)
         basis = {key: torch.randn(60, *p.shape, device=DEVICE) for key, p in linearization.parameters.items()}
@@ -386,7 +393,7 @@ def test_peak_memory_is_within_the_budget(name: str, budget: int, num_outputs: i
         linearization.features(x, basis)
         assert torch.cuda.max_memory_allocated() - before <= budget
         del linearization, basis
-    assert torch.cuda.memory_allocated() <= before
+    assert torch.cuda.memory_allocated() <= at_first + 2**26  # the workspace of cuBLAS
 
 
 @gpu_only

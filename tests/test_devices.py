@@ -169,6 +169,16 @@ def test_whatever_is_asked_first_after_a_move(what: str, way: str, tmp_path: Pat
     assert ELLAPredictor.load(file, case.model).rank == predictor.rank
 
 
+def test_its_type_may_be_changed_there():
+    case = make_case("conv_batchnorm")
+    predictor = fit_ella(case.model, case.loader(), prior_variance=0.5, **SMALL)
+    expected = predictor.float()(case.inputs.float()).probs
+    case.model.to(device())
+    found = predictor.double().float()(case.inputs.float()).probs
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu(), expected)
+
+
 def test_inputs_come_from_anywhere():
     case = make_case("dict")
     predictor = fit_ella(case.model, case.loader(), prior_variance=0.5, **SMALL)

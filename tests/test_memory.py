@@ -156,8 +156,78 @@ def test_what_a_pass_holds_is_what_autograd_saves():
         sizes = linearization.sizes(torch.randn(5, T, width))  # of a batch: one sample counts
     assert sizes.largest == T * T * b  # no layer's output
     # The input, q, k and v as one, the softmax, the activation and its mean; weights are none of it.
-    assert sizes.held == (T * width + 3 * T * width + T * T + T * width + width) * b
+    assert sizes.held == (T * width + 3 * T * width + T * T + T * width + width) * b + 2 * sizes.largest
     assert sizes.cotangent == (3 * T * width + 2) * b  # of the outputs of layers with weights alone
+
+
+class Odd(nn.Module):
+    """As it is told."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.a, self.b, self.kind = nn.Linear(6, 6), nn.Linear(6, 3), kind
+        self.graph = torch.eye(6).to_sparse()
+        if kind == "frozen":
+            self.a.requires_grad_(False)
+        if kind == "normed":
+            self.a = nn.utils.parametrizations.weight_norm(nn.Linear(6, 600))
+            self.b = nn.Linear(600, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "derivative within":
+            x = x + torch.func.vmap(torch.func.grad(lambda row: self.a(row).tanh().sum()))(x)
+        if self.kind == "sparse":
+            x = torch.sparse.mm(self.graph.to(x), x.T).T
+        if self.kind == "checkpointed":
+            return torch.utils.checkpoint.checkpoint(lambda x: self.b(self.a(x).tanh()), x, use_reentrant=False)
+        if self.kind == "unhooked":
+            with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+                return self.b(self.a(x).tanh())
+        return self.b(self.a(x).tanh())
+
+
+@pytest.mark.parametrize("engine", ["forward", "layerwise"])
+@pytest.mark.parametrize("kind", ["derivative within", "sparse", "unhooked", "checkpointed", "frozen", "normed"])
+def test_whatever_a_network_does_its_size_is_found(kind: str, engine: str):
+    torch.manual_seed(0)
+    model, x = Odd(kind), torch.randn(7, 6)
+    with as_function():
+        linearization = Linearization(model, engine=engine)
+        sizes = linearization.sizes(x)
+        basis = {name: torch.randn(2, *p.shape) for name, p in linearization.parameters.items()}
+        assert linearization.features(x, basis)[1].isfinite().all()
+    outputs = 600 if kind == "normed" else 6  # of the largest layer; no weight that is made of others counts
+    assert sizes.largest == outputs * 4
+    assert 2 * sizes.largest <= sizes.held <= 8 * sizes.largest
+    with as_function(), pytest.raises(ValueError, match="the batch has no inputs"):
+        Linearization(model, engine=engine).features(x[:0], basis)
+
+
+class Branching(nn.Module):
+    """Goes another way for bright images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        h = h * 0.5 if bool(x.amax() > 5) else h
+        return self.head(self.norm(h).relu().mean((2, 3)))
+
+
+def test_a_folding_that_does_not_fit_is_taken_back_where_sizes_are_measured():
+    torch.manual_seed(0)
+    model, x = Branching().double(), torch.randn(6, 1, 5, 5).double()
+    bright = x.clone()
+    bright[:, 0, 0, 0] = 9
+    basis = {name: torch.randn(2, *p.shape).double() for name, p in model.named_parameters()}
+    with as_function():
+        linearization = Linearization(model, engine="forward")
+        linearization.features(x, basis)  # finds the folding
+        found = linearization.projections(bright, lambda f, _: f.sin(), basis)
+        expected = Linearization(model, engine="forward").projections(bright, lambda f, _: f.sin(), basis)
+    torch.testing.assert_close(found, expected)
 
 
 class Greedy(nn.Module):
