@@ -31,7 +31,7 @@ class Chunks:
 CPU = Chunks(
     samples=64,
     forward=2**26,
-    reverse=3 * 2**26,
+    reverse=2**29,
     rows=2**24,
     rows_in_groups=3 * 2**20,
     directions=2**26,

@@ -125,7 +125,7 @@ class Linearization:
     def affordable(self, inputs: Inputs, columns: int) -> list[slice]:
         """Samples whose features with so many columns, and a copy of them in float64, fit the memory budget."""
         one = 3 * self.sizes(inputs).num_outputs * columns * next(iter(self.parameters.values())).element_size()
-        return slices(num_samples(inputs), max(1, self.memory_budget // 2 // one))
+        return slices(num_samples(inputs), max(1, self.memory_budget // 4 // one))
 
     def at_positions(self, flat: Tensor) -> Tensor:
         """What belongs to the outputs of the last call, (B, D, …), as (B, *, C, …)."""
@@ -386,7 +386,7 @@ class Linearization:
             return self._samples(inputs, outputs, folding=folding, halved=self.precision == "bf16")
         # For each chunk the tangents of all weights are read, and reordered: two samples share that.
         one = 2 * sizes.largest * engine.tangents_per_chunk
-        return self._fitting(chunks(self.device).forward, one, least=2)
+        return self._fitting(chunks(self.device).forward, one, least=2, share=2)
 
     def _samples(
         self,
@@ -405,13 +405,16 @@ class Linearization:
         one += cotangents * self.layerwise.bytes_held(inputs)
         if hold_rows:
             one += 2 * sum(parameter.nbytes for parameter in self.network.names)
-        return self._fitting(chunks(self.device).reverse, one)
+        return self._fitting(chunks(self.device).reverse, one, share=4 if hold_rows else 2)
 
-    def _fitting(self, work: int, one: int, least: int = 1) -> int:
-        """Samples at a time: `least` even beyond the working set, but within the budget if it has a place for one."""
+    def _fitting(self, work: int, one: int, least: int = 1, share: int = 4) -> int:
+        """Samples at a time: `least` even beyond the working set, but within the budget if it has a place for one.
+
+        Of the budget it may be a half, or a quarter where the landmarks' gradients take the rest.
+        """
         if self.samples_per_chunk is not None:
             return self.samples_per_chunk
-        working_set = min(max(work, least * one), self.memory_budget // 4)
+        working_set = min(max(work, least * one), self.memory_budget // share)
         return min(chunks(self.device).samples, max(1, working_set // max(1, one)))
 
     def _autocast(self, engine: ForwardMode | Layerwise) -> AbstractContextManager:

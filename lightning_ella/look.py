@@ -94,11 +94,13 @@ def _try(linearization: Linearization, points: Points, settings: Settings) -> tu
 
 def same_each_time(network: Network, inputs: Inputs) -> None:
     """Raise a ValueError if the network gives other outputs the second time."""
-    with _recorded(network) as first:
+    with _recorded(network) as calls:
         one = network(inputs)
-    with _recorded(network) as second:
-        other = network(inputs)
-    if _differ(one, other, first):
+    if _differ(one, network(inputs), calls):
+        with _recorded(network, values=True) as first:
+            network(inputs)
+        with _recorded(network, values=True) as second:
+            network(inputs)
         raise ValueError(
             f"the same inputs give other outputs the second time, although the network is in eval mode: something in "
             f"{_culprit(network, first, second)} is random, such as a dropout with training=True. Leave it out, by "
@@ -114,6 +116,10 @@ def same_alone(network: Network, inputs: Inputs) -> None:
         with _recorded(network) as alone:
             one = _evaluated_alone(network, rows(inputs, slice(b, b + 1)), alone, together)
         if one.shape[1:] == outputs.shape[1:] and _differ(one, outputs[b : b + 1], together, outputs):
+            with _recorded(network, values=True) as together:
+                network(inputs)
+            with _recorded(network, values=True) as alone:
+                network(rows(inputs, slice(b, b + 1)))
             raise ValueError(
                 "the network's outputs for a sample depend on the other samples of its batch, by "
                 f"{_culprit(network, alone, together, b)} (statistics of the batch, as a BatchNorm has them with "
@@ -135,12 +141,11 @@ def _evaluated_alone(network: Network, sample: Inputs, alone: Record, together: 
 
 def no_probabilities(network: Network, inputs: Inputs, operation: str, one_row: bool, fix: str) -> None:
     """Raise a ValueError if the outputs are probabilities instead of what their softmax or sigmoid is taken of."""
-    with torch.enable_grad():
-        outputs = network(inputs)
-    shaped = network.at_positions(outputs.detach(), None if not network.output_shape else _axis(network.output_shape))
+    outputs = network(inputs)
+    shaped = network.at_positions(outputs, None if not network.output_shape else _axis(network.output_shape))
     inside = bool(((shaped >= 0) & (shaped <= 1)).all())
     sums = one_row and shaped.shape[-1] > 1 and bool(((shaped.sum(-1) - 1).abs() < 1e-4).all())
-    if inside and (sums or _last_operation(outputs) == operation):
+    if inside and (sums or _last_operation(network, inputs) == operation):
         raise ValueError(
             f"the network's outputs are probabilities already, but ELLA takes the {operation.lower()} of them itself: "
             f"pass forward=lambda module, inputs: module(inputs){fix}, or leave out the last {operation.lower()}."
@@ -160,9 +165,10 @@ def _axis(shape: tuple[int, ...]) -> int:
     return 1 if len(shape) > 2 else -1
 
 
-def _last_operation(outputs: Tensor) -> str:
-    """The name of what made the outputs, in autograd's graph."""
-    node = outputs.grad_fn
+def _last_operation(network: Network, inputs: Inputs) -> str:
+    """The name of what made the outputs, in autograd's graph, of one sample."""
+    with torch.enable_grad():
+        node = network(rows(inputs, slice(0, 1))).grad_fn
     while node is not None:
         name = node.name().rstrip("0123456789").removesuffix("Backward")
         before = [after for after, _ in node.next_functions if after is not None]
@@ -184,18 +190,21 @@ def _shortcuts(network: Network, inputs: Inputs, logits: Tensor) -> None:
 
 
 @contextmanager
-def _recorded(network: Network) -> Iterator[Record]:
+def _recorded(network: Network, *, values: bool = False) -> Iterator[Record]:
+    """What modules are called; with what, too, if so wanted: that takes all activations, so it is for errors only."""
     found: Record = []
 
     def record(module: nn.Module, args: tuple, output: Any) -> None:
-        found.append((module, _tensors(args), _tensors(output)))
+        found.append((module, _tensors(args, values), _tensors(output, values)))
 
     with hooked(network.model.modules(), record):
         yield found
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf.clone() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _tensors(tree: Any, values: bool) -> list[Tensor]:
+    """Copies of tensors of real numbers, or something of their type."""
+    found = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf.clone() if values else torch.empty(0, dtype=leaf.dtype) for leaf in found]
 
 
 def _culprit(network: Network, ones: Record, others: Record, row: int | None = None) -> str:

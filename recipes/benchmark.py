@@ -331,9 +331,9 @@ def formula(config: DictConfig, bench: Bench) -> int:
     held = M * P * b <= budget // 2
     d = P if held else min(16 * M, budget // (4 * M * b))
     at_a_time = chunks.chunks(bench.images)
-    working_set = min(at_a_time.reverse, budget // 4)
-    r = max(1, min(at_a_time.samples, working_set // (2 * P * b + a)))
-    s = max(2, min(at_a_time.forward, budget // 4) // (2 * 20 * largest))
+    working_set = min(at_a_time.reverse, budget // 2)
+    r = max(1, min(at_a_time.samples, min(working_set, budget // 4) // (2 * P * b + a)))
+    s = max(2, min(at_a_time.forward, budget // 2) // (2 * 20 * largest))
     chunk = r * (2 * P * b + a)
     tangents = K * folded * b if K * folded * b <= budget // 4 else 0
     work = working_set if C <= K else 20 * (6 * s * largest + 2 * max(sizes) * b)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 
@@ -11,9 +12,11 @@ import torch
 from conftest import flat, make_case
 from torch import Tensor, nn
 
+from lightning_ella.batches import call
 from lightning_ella.engine import Linearization, Sizes
 from lightning_ella.forward_mode import ForwardMode
-from lightning_ella.linearize import as_function
+from lightning_ella.linearize import Network, as_function
+from lightning_ella.look import no_probabilities, same_alone, same_each_time
 from lightning_ella.memory import TUNED, UNKNOWN, free_memory, give_back, keeping_pages
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told to keep pages")
@@ -158,6 +161,33 @@ def test_what_a_pass_holds_is_what_autograd_saves():
     # The input, q, k and v as one, the softmax, the activation and its mean; weights are none of it.
     assert sizes.held == (T * width + 3 * T * width + T * T + T * width + width) * b + 2 * sizes.largest
     assert sizes.cotangent == (3 * T * width + 2) * b  # of the outputs of layers with weights alone
+
+
+def test_a_look_at_a_network_keeps_no_activations():
+    kept: list[int] = []
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(20))
+
+        def forward(self, x: Tensor) -> Tensor:
+            alive = [weakref.ref(x)]
+            for layer in self.layers:
+                x = layer(x).relu()
+                alive.append(weakref.ref(x))
+            if len(x) > 1:  # the graph of one sample may be looked at
+                kept.append(sum(each() is not None for each in alive))
+            return x
+
+    network, x = Network(Deep(), call), torch.randn(8, 64)
+    with as_function():
+        network.settle(x)
+        kept.clear()
+        same_each_time(network, x)
+        same_alone(network, x)
+        no_probabilities(network, x, "Softmax", True, ".log()")
+    assert max(kept) <= 4  # of 21
 
 
 class Odd(nn.Module):
