@@ -56,12 +56,13 @@ def test_another_network_is_refused(tmp_path: Path):
 
 def test_other_weights_at_the_same_address_are_noticed():
     case = make_case("mlp")
-    predictor = fitted(case)
-    weight = case.model[0].weight
-    with torch.no_grad():
-        weight.data.add_(1.0)  # as when an allocator hands out the address again: nothing counts it
-    case.model[0].weight = torch.nn.Parameter(weight.data)
-    assert case.model[0].weight.data_ptr() == weight.data_ptr()
+    predictor, layer = fitted(case), case.model[0]
+    layer.weight = torch.nn.Parameter(layer.weight.data)  # nothing has been written to it
+    predictor(case.inputs)
+    address = layer.weight.data_ptr()
+    layer.weight.data.add_(1.0)  # as when an allocator hands out the address again: nothing counts it
+    layer.weight = torch.nn.Parameter(layer.weight.data)
+    assert (layer.weight.data_ptr(), layer.weight._version) == (address, 0)
     with pytest.raises(ValueError, match="was fitted at other weights"):
         predictor(case.inputs)
 
