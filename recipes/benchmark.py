@@ -337,8 +337,9 @@ def formula(config: DictConfig, bench: Bench) -> int:
     chunk = r * (2 * P * b + a)
     tangents = K * folded * b if K * folded * b <= budget // 4 else 0
     work = working_set if C <= K else 20 * (6 * s * largest + 2 * max(sizes) * b)
-    gradients = M * d * b + max(chunk, 24 * M**2)
-    combination = K * P * b + chunk + (M * P * b if held else 0)
+    proof = 7 * P * b
+    gradients = M * d * b + max(chunk + proof, 24 * M**2)
+    combination = K * P * b + chunk + (M * P * b if held else proof)
     return max(gradients, combination, K * P * b + tangents + work)
 
 
