@@ -380,9 +380,9 @@ def test_with_nccl_whatever_is_small_goes_over_gloo(pool: Pool):
 
 def test_nccl_is_told_to_use_the_network_s_gpu():
     with mock.patch("torch.cuda.current_device", return_value=0):
-        _check_current("cuda:0")
+        _check_current(torch.device("cuda", 0))
         with pytest.raises(ValueError, match=r"call torch\.cuda\.set_device\(1\) first"):
-            _check_current("cuda:1")
+            _check_current(torch.device("cuda", 1))
 
 
 def test_sums_and_rows_cross_processes(pool: Pool):
