@@ -120,7 +120,7 @@ def test_each_output_may_have_a_unit_of_its_own(given: bool, unseen: bool):
 def test_noise_that_the_network_knows_follows_the_unit(dtype: torch.dtype, unseen: bool, unit: float):
     plain = said((1.0, 1.0), dtype, unseen, "heteroscedastic")
     found = said((unit, unit), dtype, unseen, "heteroscedastic")
-    torch.testing.assert_close(found.mean, plain.mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(found.mean, plain.mean, rtol=0, atol=0.05)  # of the draws
     torch.testing.assert_close(
         found.deviation.mean(0), plain.deviation.mean(0), rtol=0.15, atol=0
     )  # one prior for both
