@@ -218,20 +218,24 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure_launches(config: DictConfig) -> dict[str, float]:
-    """Kernels a sample on a GPU, or operations that call no other on a CPU, by job."""
+    """Launches a sample, by job."""
     bench, found = build(config), {}
-    device = bench.images.device.type
-    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
     with as_function():
         for name, make in jobs(config).items():
             if "ours" in name:
                 job = make(bench)
                 job.run()
-                with torch.profiler.profile(activities=[activity]) as profile:
-                    job.run()
-                events = [event for event in profile.events() or () if event.device_type.name == device.upper()]
-                found[name] = sum(not event.cpu_children for event in events) / job.samples
+                found[name] = len(launches_of(job.run, bench.images.device)) / job.samples
     return found
+
+
+def launches_of(run: Callable[[], Any], device: torch.device) -> list[Any]:
+    """The profiler's events of kernels on a GPU, or of operations that call no other on a CPU."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        run()
+    events = (event for event in profile.events() or () if event.device_type.name == device.type.upper())
+    return [event for event in events if not event.cpu_children]
 
 
 def measure_memory(config: DictConfig, name: str, answer: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import hydra
 import torch
-from benchmark import Bench, build, machine, memory_at_most, memory_now, paper_features, seconds
+from benchmark import Bench, build, launches_of, machine, memory_at_most, memory_now, paper_features, seconds
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -70,14 +70,9 @@ def of_products(config: DictConfig, bench: Bench) -> dict[str, Any]:
 
 def of_kernels(run: Callable[[], Any], device: torch.device, samples: int) -> dict[str, float]:
     """Launches a sample, and the share of the time in which a kernel runs."""
-    on_gpu = device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
-        run()
-    events = [event for event in profile.events() or () if event.device_type.name == device.type.upper()]
-    leaves = [event for event in events if not event.cpu_children]
-    busy = sum(event.time_range.elapsed_us() for event in leaves) / 1e6
-    return {"launches a sample": len(leaves) / samples, "busy": busy / seconds(run, device)}
+    launches = launches_of(run, device)
+    busy = sum(event.time_range.elapsed_us() for event in launches) / 1e6
+    return {"launches a sample": len(launches) / samples, "busy": busy / seconds(run, device)}
 
 
 def of_a_fit(config: DictConfig, bench: Bench) -> dict[str, Any]:

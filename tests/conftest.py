@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,17 @@ def case(request: pytest.FixtureRequest) -> Case:
 def flat(basis: dict[str, Tensor]) -> Tensor:
     """A basis as (P, K)."""
     return torch.cat([tangents.flatten(1) for tangents in basis.values()], dim=1).T
+
+
+@pytest.fixture
+def as_set_by_a_user() -> Iterator[None]:
+    """What Lightning tells people to set, and a flag of its Trainer."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.benchmark = True
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.benchmark = before[1]
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +20,7 @@ from conftest import MAKERS, ListDataset, flat, make_case
 from test_callback import Net, blobs
 from test_devices import FIRST, SMALL, Noted, to
 from test_distributed import Problem, assert_same, fitted
-from test_other_likelihoods import OUTPUTS, made
+from test_other_likelihoods import problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -69,17 +68,6 @@ def trained(module: pl.LightningModule, ella: ELLACallback, folder: Path, **opti
     trainer = pl.Trainer(accelerator=accelerator, callbacks=[ella, *options.pop("also", [])], **quiet, **options)
     trainer.fit(module, DataLoader(blobs(60, 0), 16), DataLoader(blobs(40, 1), 16))
     return trainer
-
-
-@pytest.fixture
-def users_flags() -> Iterator[None]:
-    """What Lightning tells people to set, and a flag of its Trainer."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    torch.set_float32_matmul_precision("medium")
-    torch.backends.cudnn.benchmark = True
-    yield
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.benchmark = before[1]
 
 
 # Breaks
@@ -179,7 +167,7 @@ def test_the_posterior_is_that_of_the_cpu(name: str, rows: str, engine: str):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
-def test_the_same_bits_twice(name: str, users_flags: None):
+def test_the_same_bits_twice(name: str, as_set_by_a_user: None):
     model, data = network(name).to(DEVICE), some_images(40 if ON_GPU else 8)
     settings = {"num_landmarks": len(data), "rank": 4, "num_curvature": 8, "memory_budget": 2 * 10**9}
     fits = [fit_ella(model, DataLoader(data, 8), DataLoader(data, 8), **settings) for _ in range(2)]
@@ -200,7 +188,7 @@ def test_every_parameter_has_a_rule(name: str):
         assert len(linearization._folding.pairs) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
-def test_tf32_does_not_reach_the_basis(users_flags: None):
+def test_tf32_does_not_reach_the_basis(as_set_by_a_user: None):
     found = []
     for kind in (torch.float32, torch.float64):
         case = make_case("conv_batchnorm")
@@ -257,12 +245,7 @@ def test_probabilities_read_inside_autocast(dtype: torch.dtype):
 @pytest.mark.parametrize("how", ["exact", "sampled"])
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_every_likelihood(name: str, how: str):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, OUTPUTS[name])).double()
-    x = torch.randn(60, 3).double()
-    with torch.no_grad():
-        y = made(name).sample(model(x), torch.Generator().manual_seed(1))
-    loader = DataLoader(ListDataset([(a.clone(), b.clone()) for a, b in zip(x, y, strict=True)]), 16)
+    model, x, y, loader = problem(name)
     predictor = fit_ella(model.to(DEVICE), loader, loader, name, curvature=how, **SMALL)
     for out in (predictor(x[:6]), predictor(x[:6])):
         asked = [out.log_prob(y[:6].to(DEVICE)), out.novelty]
@@ -348,17 +331,10 @@ def together(backend: str, how: str = "") -> dict[int, Any]:
     return found
 
 
-def test_two_processes_on_one_gpu_over_gloo():
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=multi_gpu)])
+def test_two_processes_give_the_posterior_of_one(backend: str):
     alone = fitted(World(), Placed())
-    for answer in together("gloo").values():
-        assert isinstance(answer, dict), answer
-        assert_same(answer, alone, 1e-8)
-
-
-@multi_gpu
-def test_two_gpus_over_nccl():
-    alone = fitted(World(), Placed())
-    for answer in together("nccl").values():
+    for answer in together(backend).values():
         assert isinstance(answer, dict), answer
         assert_same(answer, alone, 1e-8)
 

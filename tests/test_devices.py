@@ -11,7 +11,7 @@ import torch
 from conftest import Case, ListDataset, make_case
 from pretend import KNOWN, Pretend, device, in_use, strategy
 from test_callback import Net, blobs
-from test_other_likelihoods import OUTPUTS, made
+from test_other_likelihoods import problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -115,12 +115,7 @@ def test_whatever_the_settings(memory_budget: int, precision: str):
 @pytest.mark.parametrize("how", ["exact", "sampled"])
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_every_likelihood(name: str, how: str):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, OUTPUTS[name])).double()
-    x = torch.randn(60, 3).double()
-    with torch.no_grad():
-        y = made(name).sample(model(x), torch.Generator().manual_seed(1))
-    loader = DataLoader(ListDataset([(row.clone(), target.clone()) for row, target in zip(x, y, strict=True)]), 16)
+    model, x, y, loader = problem(name)
     found = []
     for place in ("cpu", device()):
         predictor = fit_ella(model.to(place), loader, loader, name, curvature=how, **SMALL)

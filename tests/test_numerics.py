@@ -28,17 +28,7 @@ def by_the_newer_interface() -> tuple[str, ...]:
     return tuple(part.fp32_precision for part in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn))
 
 
-@pytest.fixture
-def _as_set_by_a_user():
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    torch.set_float32_matmul_precision("medium")
-    torch.backends.cudnn.benchmark = True
-    yield
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.benchmark = before[1]
-
-
-@pytest.mark.usefixtures("_as_set_by_a_user")
+@pytest.mark.usefixtures("as_set_by_a_user")
 def test_flags_are_set_and_put_back():
     before = flags()
     with exact(), repeatable(), native_recurrence(), exact():
@@ -65,7 +55,7 @@ assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.usefixtures("_as_set_by_a_user")
+@pytest.mark.usefixtures("as_set_by_a_user")
 def test_the_last_thread_puts_back_what_the_first_found():
     before, inside, leave = flags(), threading.Event(), threading.Event()
 
@@ -84,7 +74,7 @@ def test_the_last_thread_puts_back_what_the_first_found():
     assert flags() == before
 
 
-@pytest.mark.usefixtures("_as_set_by_a_user")
+@pytest.mark.usefixtures("as_set_by_a_user")
 def test_networks_are_evaluated_by_kernels_that_are_not_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with as_function():

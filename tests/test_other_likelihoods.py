@@ -30,6 +30,16 @@ def outputs_of(name: str, count: int) -> Tensor:
     return outputs.sort(-1, descending=True).values if name == "ordinal" else outputs
 
 
+def problem(name: str) -> tuple[nn.Module, Tensor, Tensor, DataLoader]:
+    """A network, 60 inputs, targets that it draws itself, and their loader."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, OUTPUTS[name])).double()
+    x = torch.randn(60, 3).double()
+    with torch.no_grad():
+        y = made(name).sample(model(x), torch.Generator().manual_seed(1))
+    return model, x, y, DataLoader(ListDataset([(a.clone(), b.clone()) for a, b in zip(x, y, strict=True)]), 16)
+
+
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_the_curvature_is_the_covariance_of_the_score_of_targets_that_it_draws(name: str):
     likelihood, outputs = made(name), outputs_of(name, 4)
