@@ -149,7 +149,7 @@ class World:
         if self.size == 1:
             return rows
         shares = [len(range(rank, total or 0, self.size)) for rank in range(self.size)]
-        counts = self._everyone(len(rows)) if total is None else shares
+        counts = self.everyone(len(rows)) if total is None else shares
         padded = rows.new_zeros(max(counts), *rows.shape[1:], device=self.device)
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.first else None
@@ -162,12 +162,12 @@ class World:
 
     def check_same(self, value: str, what: str) -> None:
         """Raise a ValueError, on all processes, unless they all have the same."""
-        if len(set(self._everyone(value))) > 1:
+        if len(set(self.everyone(value))) > 1:
             raise ValueError(f"the processes do not have the same {what}.")
 
     def neighbours(self) -> int:
         """How many of the processes run on this machine and share its memory."""
-        return self._everyone(socket.gethostname()).count(socket.gethostname())
+        return self.everyone(socket.gethostname()).count(socket.gethostname())
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -191,9 +191,10 @@ class World:
         if not failed:
             return []
         described = None if error is None or isinstance(error, _StoppedError) else f"{type(error).__name__}: {error}"
-        return [(rank, text) for rank, text in enumerate(self._everyone(described)) if text is not None]
+        return [(rank, text) for rank, text in enumerate(self.everyone(described)) if text is not None]
 
-    def _everyone(self, value: Any) -> list[Any]:
+    def everyone(self, value: Any) -> list[Any]:
+        """Each process's object, on all of them; for small ones."""
         values = [value] * self.size
         if self.size > 1:
             with self._contact():

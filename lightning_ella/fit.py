@@ -30,7 +30,7 @@ from .linearize import Basis, Forward, Parameters, as_function, chosen_names
 from .look import POINTS, look
 from .memory import free_memory, give_back
 from .numerics import exact
-from .observations import Observations, checked, observations, weights_of
+from .observations import Observations, checked, joined, observations, weights_of
 from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
 from .predictions import Gaussian
 from .predictor import ELLAPredictor, fingerprint, linearize, standard_normal
@@ -514,8 +514,8 @@ def _cached(
         none = example.flatten(0, -2)[:0]
         none = none if top is None else none[:, : top + 1]
         targets = likelihood.sample(none, torch.Generator())
-        return Observations(none, none.unsqueeze(2).expand(-1, -1, rank), targets, none.new_empty(0))
-    return Observations(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return Observations(none, none.unsqueeze(2).expand(-1, -1, rank), targets, none.new_empty(0), torch.arange(0))
+    return joined(parts)
 
 
 def _calibrated(

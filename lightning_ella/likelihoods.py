@@ -88,8 +88,12 @@ class Likelihood(ABC):
 
     def curvature(self, outputs: Tensor, features: Tensor) -> Tensor:
         """Σ Ψᵀ Λ Ψ over all rows, (K, K), for outputs (n, C) and features (n, C, K)."""
-        weighted = (self.information(outputs).sqrt().unsqueeze(-1) * features).flatten(0, -2)
-        return weighted.T @ weighted
+        rooted = self.rooted(outputs, features).flatten(0, -2)
+        return rooted.T @ rooted
+
+    def rooted(self, outputs: Tensor, features: Tensor) -> Tensor:
+        """√Λ Ψ, (n, ·, K): what has Ψᵀ Λ Ψ as its square, for outputs (n, C) and features (n, C, K)."""
+        return self.information(outputs).sqrt().unsqueeze(-1) * features
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """∇ log p(y|f) in the outputs, (*, C)."""
@@ -195,15 +199,13 @@ class Classification(Likelihood):
         return outputs.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
     def information(self, outputs: Tensor) -> Tensor:
-        """P (1 − p), which leaves out what Λ = diag(p) − ppᵀ has beside its diagonal: `curvature` does not."""
+        """P (1 − p), which leaves out what Λ = diag(p) − ppᵀ has beside its diagonal: `rooted` does not."""
         return outputs.softmax(-1) * (1 - outputs.softmax(-1))
 
-    def curvature(self, outputs: Tensor, features: Tensor) -> Tensor:
+    def rooted(self, outputs: Tensor, features: Tensor) -> Tensor:
         """Λ = diag(p) − ppᵀ, as the covariance of features under p: centred, it does not cancel where p is sure."""
         probs = outputs.softmax(-1).unsqueeze(-1)  # (n, C, 1)
-        centred = features - (probs * features).sum(-2, keepdim=True)  # (n, C, K)
-        weighted = (probs.sqrt() * centred).flatten(0, -2)  # (nC, K)
-        return weighted.T @ weighted
+        return probs.sqrt() * (features - (probs * features).sum(-2, keepdim=True))  # (n, C, K)
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """A label each: where the distribution function passes a uniform number."""
@@ -286,17 +288,16 @@ class Ordinal(Classification):
         return torch.where(self.observed(targets), logs, 0)
 
     def information(self, outputs: Tensor) -> Tensor:
-        """Of each logit alone: `curvature` knows that they share classes."""
+        """Of each logit alone: `rooted` knows that they share classes."""
         ratios, order = self._ratios(outputs)
         return torch.zeros_like(outputs).scatter(-1, order, ratios.square().sum(-2))
 
-    def curvature(self, outputs: Tensor, features: Tensor) -> Tensor:
-        """Σ over classes of ∇p_c ∇p_cᵀ / p_c, with ∇p_c = σ'(f_{c−1}) − σ'(f_c)."""
+    def rooted(self, outputs: Tensor, features: Tensor) -> Tensor:
+        """Λ is the sum over classes of ∇p_c ∇p_cᵀ / p_c, with ∇p_c = σ'(f_{c−1}) − σ'(f_c)."""
         ratios, order = self._ratios(outputs)
         features = features.gather(-2, order.unsqueeze(-1).expand(features.shape))
         upper, lower = (ratio.unsqueeze(-1) * features for ratio in ratios.unbind(-2))  # (n, C − 1, K)
-        weighted = (pad(upper, (0, 0, 1, 0)) - pad(lower, (0, 0, 0, 1))).flatten(0, -2)  # (nC, K)
-        return weighted.T @ weighted
+        return pad(upper, (0, 0, 1, 0)) - pad(lower, (0, 0, 0, 1))  # (n, C, K)
 
     def _ratios(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """σ'(f_c) / √p of the class above f_c and of the one below, (*, 2, C − 1), and the order of the logits."""

@@ -13,6 +13,8 @@ from .likelihoods import Likelihood
 from .linearize import Basis
 from .top import without_channel
 
+SAME = 1e-3  # of its outputs and features, that those of one sample may differ by in another batch
+
 
 class Observations(NamedTuple):
     """What a likelihood is asked about: n rows with C outputs each."""
@@ -21,6 +23,7 @@ class Observations(NamedTuple):
     features: Tensor  # (n, C, K)
     targets: Tensor  # (n,) or (n, C)
     weights: Tensor | None = None  # (n,), or all one
+    samples: Tensor | None = None  # (n,), which sample each is a position of; or each row is one
 
     def rows(self, which: Tensor | slice) -> "Observations":
         """Some of them."""
@@ -29,6 +32,44 @@ class Observations(NamedTuple):
     def to(self, device: torch.device) -> "Observations":
         """On a device."""
         return Observations(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+
+
+def joined(parts: Sequence[Observations]) -> Observations:
+    """Rows of several, whose samples are others; at least one of `parts`."""
+    samples, total = [], 0
+    for part in parts:
+        own = torch.arange(len(part.logits)) if part.samples is None else part.samples
+        samples.append(own + total)
+        total += int(own.max()) + 1 if len(own) else 0
+    columns = zip(*(part._replace(samples=number) for part, number in zip(parts, samples, strict=True)), strict=True)
+    return Observations(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def matched(some: Observations, all_of_them: Observations) -> Observations | None:
+    """The rows of samples that are left when `some` are taken out; None where one of them is not there."""
+    left, labels, numbers = _signatures(all_of_them)
+    there = torch.ones(len(left), dtype=torch.bool)
+    for signature, label in zip(*_signatures(some)[:2], strict=True):
+        away = (left - signature).norm(dim=1).masked_fill(~there | (labels != label).any(1), torch.inf)
+        nearest = int(away.argmin())
+        if not away[nearest] <= SAME * signature.norm():
+            return None
+        there[nearest] = False
+    return all_of_them.rows(there[numbers])
+
+
+def _signatures(points: Observations) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each sample outputs and features, and targets, summed over its positions; and which sample a row is of."""
+    assert points.samples is not None
+    assert points.weights is not None
+    names, numbers = points.samples.unique(return_inverse=True)
+    weights = points.weights.double().unsqueeze(1)
+    logits, features = points.logits.double(), points.features.double().flatten(1)
+    features = features * (logits.norm(dim=1) / features.norm(dim=1).clamp_min(1e-30)).unsqueeze(1)  # count as much
+    targets = points.targets.double().flatten(1) if points.targets.ndim > 1 else points.targets.double().unsqueeze(1)
+    seen, labels = torch.cat([logits, features], 1) * weights, torch.cat([weights, targets * weights], 1)
+    seen, labels = (v.new_zeros(len(names), v.shape[1]).index_add_(0, numbers, v) for v in (seen, labels))
+    return seen, labels, numbers
 
 
 def observations(
@@ -139,4 +180,5 @@ def observe(
         chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order.topk(most).indices, True)
         weights = weights * chosen.view_as(weights)
     kept = weights > 0
-    return Observations(outputs[kept], features[kept], targets[kept], weights[kept])
+    samples = kept.nonzero()[:, 0]
+    return Observations(outputs[kept], features[kept], targets[kept], weights[kept], samples)

@@ -39,10 +39,11 @@ STEPS = 100  # of an e-fold: rounded to them, the scales do not hang on the orde
 
 @dataclass(frozen=True)
 class Posterior:
-    """Logits f(x) + Ψ w + Ψ⊥ v with w ~ N(0, s A⁻¹), A = H + I/σ₀², and v ~ N(0, r I).
+    """Logits f(x) + Ψ w + Ψ⊥ v with w ~ N(m, S), S = s A⁻¹, A = H + I/σ₀², and v ~ N(0, r I).
 
     Ψ = J V are the features along the basis, of which H is the curvature (K, K); Ψ⊥ those along m probes, with
-    E[Ψ⊥ Ψ⊥ᵀ] = J Jᵀ − Ψ Ψᵀ. Probabilities are those of the logits divided by the temperature T.
+    E[Ψ⊥ Ψ⊥ᵀ] = J Jᵀ − Ψ Ψᵀ. Probabilities are those of the logits divided by the temperature T. The mean m is zero, and
+    S as above, until the posterior has learnt from labelled points (`learning.py`).
     """
 
     curvature: Tensor
@@ -52,9 +53,14 @@ class Posterior:
     temperature: Tensor  # T
     softened: bool = field(default=False, kw_only=True)  # whether T divides H, as the variance of noise does
     spectrum: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True, repr=False)  # of H, if it is known
+    mean: Tensor | None = field(default=None, kw_only=True)  # m, (K,)
+    precision: Tensor | None = field(default=None, kw_only=True)  # S⁻¹, (K, K), where points were learnt
 
     def root(self) -> Tensor:
-        """R (K, K) with R Rᵀ = s A⁻¹, float64: the symmetric one, which does not hang on the signs of eigenvectors."""
+        """R (K, K) with R Rᵀ = S, float64: the symmetric one, which does not hang on the signs of eigenvectors."""
+        if self.precision is not None:
+            eigenvalues, eigenvectors = torch.linalg.eigh(self.precision)
+            return eigenvectors * eigenvalues.rsqrt() @ eigenvectors.T
         eigenvalues, eigenvectors = self.spectrum or torch.linalg.eigh(self.curvature)
         # One that rounding hides may be as large as that; as zero it would make a direction free that the data fix.
         hidden = (eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps).clamp_min(0)
@@ -62,6 +68,20 @@ class Posterior:
         eigenvalues = eigenvalues / self.temperature if self.softened else eigenvalues
         deviations = (self.covariance_scale / (eigenvalues + 1 / self.prior_variance)).sqrt()
         return eigenvectors * deviations @ eigenvectors.T
+
+    def covariance(self) -> Tensor:
+        """S, (K, K)."""
+        return self.root() @ self.root().T
+
+    def outputs(self, logits: Tensor, features: Tensor, draws: Tensor) -> Gaussian:
+        """Of inputs with the network's outputs (B, C) and features [Ψ, Ψ⊥] (B, C, K + m)."""
+        mean = logits if self.mean is None else logits + features[..., : len(self.mean)] @ self.mean.to(features)
+        return Gaussian(mean, self.factor(features), draws)
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> "Posterior":
+        """With what `move` makes of its tensors."""
+        names = ("curvature", "mean", "precision", *SCALES)
+        return replace(self, spectrum=None, **{n: None if (t := getattr(self, n)) is None else move(t) for n in names})
 
     def factor(self, features: Tensor) -> Tensor:
         """F (B, C, K + m) with F Fᵀ the covariance of the logits, from features [Ψ, Ψ⊥] (B, C, K + m)."""
@@ -105,7 +125,7 @@ def calibrate(
     """
     world = world or World()
     points = points if points.weights is None else points.rows(points.weights > 0)
-    logits, features, _, weights = points
+    logits, features, weights = points.logits, points.features, points.weights
     weights = logits.new_ones(len(logits)) if weights is None else weights
     count = int(world.sum(torch.tensor(len(logits))))
     points = points._replace(weights=weights.double() / world.sum(weights.double().sum()) * count)  # one on average

@@ -3,15 +3,17 @@
 import copy
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
@@ -22,10 +24,13 @@ from .batches import Inputs, Picked, Unpack, as_tree, call, inputs_and_targets, 
 from .copies import Cast
 from .curvature import curvature
 from .data import Points, points_of
+from .distributed import World
 from .engine import Linearization
 from .evidence import Evidence, measure
+from .learning import Learnt, figures_of, learn
 from .likelihoods import LIKELIHOODS
 from .linearize import Basis, Forward, as_function, version
+from .observations import Observations, joined, matched, observations
 from .pickling import portable
 from .posterior import SCALES, Posterior
 from .predictions import ClassPrediction, Gaussian, shaped
@@ -33,7 +38,9 @@ from .residual import with_probes
 from .settings import Settings
 from .top import Selection
 
-FORMAT = "lightning-ella 4"
+log = logging.getLogger(__name__)
+
+FORMAT = "lightning-ella 5"
 MAX_HELD = 100_000  # points of a stream that are learnt from at once
 MAX_DRAWN = 2**28  # numbers S (K + m): a file may not ask for more
 
@@ -61,6 +68,8 @@ class ELLAPredictor(nn.Module):
         counted: names of parameters and buffers that a forward pass itself writes to, which are no weights.
         batched: whether samples cannot be told apart by slicing the inputs, as in a batched graph.
         quiet: whether how features are computed has been said.
+        mean: m, (K,), of the coordinates along the basis, where the fit itself moved it; None is zero.
+        learnt: what was learnt from labelled points after the fit (`update`); None is nothing.
 
     It may be asked by several threads at once, while others call, move or train the network: what it evaluates is a
     view of its own, and one thread is answered after the other.
@@ -87,6 +96,8 @@ class ELLAPredictor(nn.Module):
         counted: Collection[str] = (),
         batched: bool = False,
         quiet: bool = False,
+        mean: Tensor | None = None,
+        learnt: Learnt | None = None,
     ):
         super().__init__()
         # Not registered: the head may then be a submodule of the network, as in `module.ella = ELLAPredictor.load(…)`.
@@ -94,6 +105,8 @@ class ELLAPredictor(nn.Module):
         self.eigenvalues, self.curvature = eigenvalues, curvature
         self.prior_variance, self.covariance_scale = prior_variance, covariance_scale
         self.residual_scale, self.temperature = residual_scale, temperature
+        self.mean = curvature.new_zeros(len(curvature)) if mean is None else mean
+        self.learnt = learnt
         self._tangents = dict(basis)
         if len(next(iter(basis.values()))) == self.rank:
             with_probes(self._tangents, settings["residual"], settings["seed"])
@@ -148,8 +161,11 @@ class ELLAPredictor(nn.Module):
     def _predict(self, inputs: Inputs, targets: Tensor | None = None) -> tuple[Any, Selection | None]:
         with self._lock, as_function():
             logits, features, kept = self._look(inputs, targets=targets)
-            gaussian = Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
-            prediction = self.likelihood.predict(gaussian, self.settings["predictive"], self.temperature.to(logits))
+            posterior = self.posterior
+            gaussian = posterior.outputs(logits, features, self.draws.to(features))
+            prediction = self.likelihood.predict(
+                gaussian, self.settings["predictive"], posterior.temperature.to(logits)
+            )
             prediction.axis = self.axis
             if kept is not None and isinstance(prediction, ClassPrediction):
                 prediction.indices = kept.indices
@@ -190,24 +206,70 @@ class ELLAPredictor(nn.Module):
             self._refuse_top("outputs(inputs, forward)")
         with self._lock, as_function():
             logits, features, _ = self._look(inputs, forward)
-            return Gaussian(logits, self.posterior.factor(features), self.draws.to(features))
+            return self.posterior.outputs(logits, features, self.draws.to(features))
 
-    def update(self, loader: DataLoader, unpack: Unpack = inputs_and_targets) -> Self:
-        """Learn from more data: their curvature is added; basis, scales and the network's outputs stay.
+    def update(
+        self,
+        loader: DataLoader,
+        unpack: Unpack = inputs_and_targets,
+        *,
+        drift: float | None = None,
+        distributed: bool = False,
+    ) -> Self:
+        """Learn from labelled points, of a domain that may have changed: the mean moves, and the covariance shrinks.
+
+        A Bayesian update of the linearised network f + Ψ w: w ~ N(m, S) becomes N(m, S + τ I) by a drift τ, and then
+        what all points learnt since the fit say, by Newton's method in K dimensions; of a regression exactly. So order
+        and parts do not matter. The network keeps its weights; `learnt` says what was chosen and gained, and keeps the
+        points' features, n C (K + m) numbers.
+
+        Args:
+            loader: labelled points.
+            unpack: maps a batch to `(inputs, targets)` or `(inputs, targets, weights)`.
+            drift: τ, the variance by which each parameter may have moved since the fit. 0 is Bayes' rule, for more
+                data of the same kind. None chooses τ by how well each point is predicted from the others, and then the
+                temperature anew; of fewer than 30 points it takes 0.
+            distributed: share the work with all processes of torch.distributed's default group, each of which must call
+                this with the same data.
 
         Returns:
             this predictor.
-        """
-        return self._learn(loader, unpack, 1)
-
-    def forget(self, loader: DataLoader, unpack: Unpack = inputs_and_targets) -> Self:
-        """Take out what some data contributed to the curvature; the network's outputs stay.
 
         Raises:
-            ValueError: if the curvature would not be one any more: the data were not in it. The predictor is then as
-                it was. It cannot always be told, least where the curvature was estimated from some of the points.
+            ValueError: if the points cannot be used. The predictor is then as it was.
         """
-        return self._learn(loader, unpack, -1)
+        if drift is not None and not 0 <= drift < float("inf"):
+            raise ValueError(f"drift={drift!r} must be a number of at least 0, or None to choose it.")
+        new = self._observed(loader, unpack, distributed)
+        with self._lock:
+            self._learn(new if self.learnt is None else joined([self.learnt.points, new]), drift)
+        return self
+
+    def forget(self, loader: DataLoader, unpack: Unpack = inputs_and_targets, *, distributed: bool = False) -> Self:
+        """Take points back that were learnt by `update`: all is as if they had never been.
+
+        If nothing was learnt since the fit, the points are taken for training points: what they contributed to the
+        curvature is taken out. What they did to the weights stays, for which training again is the only way.
+
+        Raises:
+            ValueError: if some points were not learnt, or if the curvature would not be one any more: the predictor is
+                then as it was. For training points that cannot always be told, least where the curvature was
+                estimated from some of them.
+        """
+        with self._lock:
+            if self.learnt is None:
+                return self._forget_training(loader, unpack)
+            kept = matched(self._observed(loader, unpack, distributed), self.learnt.points)
+            if kept is None:
+                raise ValueError(
+                    "some of these points were not among those that the posterior has learnt since its fit, so it "
+                    "cannot forget them: pass the loader, and the transforms, that update() got."
+                )
+            if len(kept.logits):
+                self._learn(kept, self.learnt.drift if self.learnt.given else None)
+            else:
+                self.learnt = None
+        return self
 
     def evidence(self, loader: DataLoader, unpack: Unpack = inputs_and_targets) -> Evidence:
         """The marginal likelihood of the data, as a function of prior variance and noise that has gradients.
@@ -238,10 +300,18 @@ class ELLAPredictor(nn.Module):
 
     @property
     def posterior(self) -> Posterior:
-        """The Gaussian over the coordinates of the basis and of the probes."""
+        """The Gaussian over the coordinates of the basis and of the probes, after all that was learnt."""
         with self._lock, as_function():
             self._follow()
-        return Posterior(self.curvature, *(getattr(self, name) for name in SCALES))
+        fitted, learnt = self._fitted, self.learnt
+        if learnt is None:
+            return fitted
+        return replace(fitted, mean=learnt.mean, precision=learnt.precision, temperature=learnt.temperature)
+
+    @property
+    def _fitted(self) -> Posterior:
+        """As it was after the fit."""
+        return Posterior(self.curvature, *(getattr(self, name) for name in SCALES), mean=self.mean)
 
     @property
     def rank(self) -> int:
@@ -262,8 +332,12 @@ class ELLAPredictor(nn.Module):
             "counted": json.dumps(sorted(self.counted)),
             "batched": json.dumps(self.batched),
         }
-        basis = {f"basis.{name}": tangents for name, tangents in self.basis.items()}
-        return artefact.write(path, {name: getattr(self, name) for name in _PARTS} | basis, metadata)
+        tensors = {name: getattr(self, name) for name in _PARTS}
+        tensors |= {f"basis.{name}": tangents for name, tangents in self.basis.items()}
+        if self.learnt is not None:
+            tensors |= {f"{_LEARNT}{name}": value for name, value in self.learnt.tensors().items()}
+            metadata["learnt"] = json.dumps(self.learnt.described())
+        return artefact.write(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, forward: Forward = call) -> Self:
@@ -288,11 +362,12 @@ class ELLAPredictor(nn.Module):
                 counted = [str(name) for name in json.loads(metadata.get("counted", "[]"))]
                 batched = bool(json.loads(metadata.get("batched", "false")))
                 settings = asdict(Settings(**json.loads(metadata["settings"])))
+                learnt = {"drift": 0.0, "given": False, "figures": {}} | json.loads(metadata.get("learnt", "{}"))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
             _compare(theirs, model, counted, f"the posterior in {path}", origin)
             _check_shapes(shapes, model, settings, path)
-            described.update(settings=settings, origin=origin, counted=counted, batched=batched)
+            described.update(settings=settings, origin=origin, counted=counted, batched=batched, learnt=learnt)
 
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         tensors, _ = artefact.read(path, FORMAT, device, accept)
@@ -301,6 +376,12 @@ class ELLAPredictor(nn.Module):
         parts = {name: tensors.pop(name) for name in _PARTS}
         if min(parts[name] for name in SCALES) <= 0:
             raise ValueError(f"{path} has a variance that is not positive: fit again.")
+        learnt, afterwards = (
+            described.pop("learnt"),
+            {n: tensors.pop(n) for n in list(tensors) if n.startswith(_LEARNT)},
+        )
+        if afterwards:
+            described["learnt"] = Learnt.of({n.removeprefix(_LEARNT): t for n, t in afterwards.items()}, **learnt)
         basis = {name.removeprefix("basis."): tangents for name, tangents in tensors.items()}
         return cls(model, basis=basis, forward=forward, **described, **parts)  # type: ignore[arg-type]
 
@@ -329,9 +410,65 @@ class ELLAPredictor(nn.Module):
                 "the outputs that you compare."
             )
 
-    def _learn(self, loader: DataLoader, unpack: Unpack, sign: int) -> Self:
+    def _observed(self, loader: DataLoader, unpack: Unpack, distributed: bool) -> Observations:
+        """Features of all points of a loader and their targets, on the CPU of every process.
+
+        Raises:
+            ValueError: if some cannot be used, or all of them cannot be held.
+        """
+        points, top = self._all(loader, unpack), self.settings["top_outputs"]
+        world = World(dist.group.WORLD, self.device) if distributed else World()
+        parts, held = [], 0
+        with self._lock, as_function(), world.together("the points to learn from"):
+            linearization = self._here()
+            budget, temperature = linearization.memory_budget, 1.0 if top is None else float(self.temperature)
+            batches = points.batches(world.share(points.numbers), self.device)
+            for number, batch in enumerate(tqdm(batches, desc="ELLA learns", unit="batch", disable=not world.first)):
+                options = {"top": top, "temperature": temperature}
+                for part in observations(linearization, self.likelihood, batch, self._tangents, **options):
+                    if not (part.logits.isfinite().all() and part.features.isfinite().all()):
+                        raise ValueError(
+                            f"the network's outputs, or their derivatives, are NaN or infinite in batch {number}: "
+                            "leave those points out."
+                        )
+                    parts.append(part.to(torch.device("cpu")))
+                    held += parts[-1].features.nbytes * world.size
+                    if held > budget:
+                        raise ValueError(
+                            f"the features of these points take more than memory_budget={budget} bytes: pass fewer "
+                            "points, or give most positions of each the label -100."
+                        )
+        everywhere = world.everyone(joined(parts) if parts else None)
+        found = [each for each in everywhere if each is not None and len(each.logits)]
+        if not found:
+            raise ValueError(
+                "no point of the loader has a target that counts: pass one with labels."
+                if len(points)
+                else "the loader has no points: pass one with data."
+            )
+        return joined(found)
+
+    def _learn(self, points: Observations, drift: float | None) -> None:
+        """Learn from all of these points, and nothing else since the fit."""
+        host = lambda tensor: tensor.to("cpu", torch.float64)  # noqa: E731
+        prior, draws = self._fitted.to(host), self.draws.cpu()
+        how = {"predictive": self.settings["predictive"], "draws": draws}
+        with as_function():
+            after, by, unseen = learn(points, prior, self.likelihood, drift=drift, **how)
+            before = figures_of(points, prior, self.likelihood, **how)
+            now = figures_of(unseen, replace(after, mean=None), self.likelihood, **how)
+        assert after.mean is not None
+        assert after.precision is not None
+        figures = {
+            f"{name}/{figure}": v for name, found in (("before", before), ("after", now)) for figure, v in found.items()
+        }
+        learnt = Learnt(after.mean, after.precision, after.temperature, by, points, drift is not None, figures)
+        self.learnt = learnt.to(lambda tensor: tensor.to(self.curvature))
+        learnt.tell()
+
+    def _forget_training(self, loader: DataLoader, unpack: Unpack) -> Self:
         change = self._curvature_of(loader, unpack)  # which moves the posterior to where the network is
-        curvature = self.curvature + sign * change.to(self.curvature)
+        curvature = self.curvature - change.to(self.curvature)
         before, after = torch.linalg.eigvalsh(self.curvature)[-1], torch.linalg.eigvalsh(curvature)[0]
         if after < -1e-6 * before.abs():
             raise ValueError("these points were not among those that the posterior has seen, so it cannot forget them.")
@@ -423,9 +560,11 @@ class ELLAPredictor(nn.Module):
         self._tangents = {name: fn(tangents) for name, tangents in self._tangents.items()}
         for name in (*_PARTS, "draws"):
             setattr(self, name, fn(getattr(self, name)))
+        self.learnt = None if self.learnt is None else self.learnt.to(fn)
 
 
-_PARTS = ("eigenvalues", "curvature", *SCALES)
+_LEARNT = "learnt."  # what the names of its tensors begin with in a file
+_PARTS = ("eigenvalues", "curvature", "mean", *SCALES)
 
 
 class SampledFunctions:
@@ -443,8 +582,9 @@ class SampledFunctions:
         """Logits (S, B, C), divided by the temperature: the softmax of each is what that network would say."""
         logits, features = self.predictor.features(inputs)
         with as_function():
-            gaussian = Gaussian(logits, self.predictor.posterior.factor(features), self.draws.to(features))
-            tempered = self.predictor.likelihood.tempered(gaussian, self.predictor.temperature.to(logits))
+            posterior = self.predictor.posterior
+            gaussian = posterior.outputs(logits, features, self.draws.to(features))
+            tempered = self.predictor.likelihood.tempered(gaussian, posterior.temperature.to(logits))
             return shaped(tempered.samples(), self.predictor.axis, 2)
 
     def __getitem__(self, index: int) -> Callable[[Inputs], Tensor]:
@@ -528,14 +668,29 @@ def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[s
     """Raise a ValueError unless the tensors of a file are those of a posterior of this network."""
     rank = next(iter(shapes.get("eigenvalues", ("", ()))[1]), 0)
     expected: dict[str, tuple[int, ...]] = {"eigenvalues": (rank,), "curvature": (rank, rank)}
-    expected |= dict.fromkeys(SCALES, ())
+    expected |= dict.fromkeys(SCALES, ()) | {"mean": (rank,)}
     expected |= {f"basis.{name}": (rank, *parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = _without_learnt(shapes, rank)
     types = {name: ("F32", "F64") if name in _PARTS else ("F32", "F64", "BF16") for name in expected}
     wrong = [n for n, (kind, shape) in shapes.items() if expected.get(n) != shape or kind not in types[n]]
     probes = settings["residual"] if isinstance(settings["residual"], int) else MAX_DRAWN
     complete = shapes.keys() > set(_PARTS) and rank > 0 and settings["num_samples"] * (rank + probes) <= MAX_DRAWN
     if wrong or not complete:
         raise ValueError(f"the tensors in {path} are not those of a posterior of this network ({wrong}): fit again.")
+
+
+def _without_learnt(shapes: artefact.Shapes, rank: int) -> artefact.Shapes:
+    """The shapes of a posterior's tensors but for those of what it has learnt, if these belong together."""
+    learnt = {name.removeprefix(_LEARNT): shape for name, (_, shape) in shapes.items() if name.startswith(_LEARNT)}
+    rest = {name: shape for name, shape in shapes.items() if not name.startswith(_LEARNT)}
+    if not learnt:
+        return rest
+    count, outputs = learnt.get("logits", (0, 0))
+    expected = {"mean": (rank,), "precision": (rank, rank), "temperature": (), "weights": (count,), "samples": (count,)}
+    features = learnt.get("features", ())
+    whole = features[:2] == (count, outputs) and learnt.get("targets", ())[:1] == (count,) and count > 0
+    known = all(learnt.get(name) == shape for name, shape in expected.items())
+    return rest if whole and known and len(learnt) == len(expected) + 3 else shapes
 
 
 @dataclass(frozen=True)

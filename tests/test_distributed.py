@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ella import LIKELIHOODS, Settings
+from lightning_ella import LIKELIHOODS, Settings, fit_ella
 from lightning_ella.basis import _eigh
 from lightning_ella.distributed import FEW, World, _check_current, _timeout_of
 from lightning_ella.fit import run
@@ -407,3 +407,24 @@ def exchanged(world: World) -> dict[str, Any]:
         "smallest": world.smallest(10 + world.rank),
         "neighbours": world.neighbours(),
     }
+
+
+def loader_of(x: Tensor, y: Tensor) -> DataLoader:
+    return DataLoader(ListDataset(list(zip(x, y, strict=True))), 4)
+
+
+@pytest.mark.parametrize("count", [3, 50])
+def test_all_processes_learn_the_same_from_points_that_they_share(pool: Pool, count: int):
+    torch.manual_seed(0)
+    x, y = torch.randn(50, 3).double(), torch.randint(2, (50,))
+    torch.manual_seed(0)
+    alone = fit_ella(mlp().double(), loader_of(x, y), num_landmarks=20, rank=3, num_samples=32)
+    expected = alone.update(loader_of(x[:count], 1 - y[:count]))(x[:count]).probs
+    for found in pool(MOST, learnt_of_some, x, y, count):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def learnt_of_some(world: World, x: Tensor, y: Tensor, count: int) -> Tensor:
+    torch.manual_seed(0)
+    predictor = fit_ella(mlp().double(), loader_of(x, y), num_landmarks=20, rank=3, num_samples=32)
+    return predictor.update(loader_of(x[:count], 1 - y[:count]), distributed=True)(x[:count]).probs

@@ -1,0 +1,373 @@
+"""From labelled points to where the linearised network's mean goes, and how far it may go: learning in K directions."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import ceil, floor, log10
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from .batches import slices
+from .chunks import chunks
+from .distributed import World
+from .likelihoods import Likelihood
+from .observations import Observations
+from .posterior import CAUTION, ENOUGH, MIN_DRAWS, TUNING_BUDGET, Posterior, minimise
+from .predictions import Gaussian
+
+log = logging.getLogger(__name__)
+
+WIDTH = 0.5  # e-folds: the standard deviation of a prior on the temperature, around the one that it had
+EVIDENT = 1.0  # standard errors by which points must be predicted better for the weights to have drifted at all
+WEAKEST, STRONGEST, EACH = -5.0, 2.0, 2  # decades of the drifts that are tried, around a change of one nat; steps each
+MOST_STEPS = 200  # of Newton's method
+DONE = 1e-22  # the change of the loss that a step promises, of its size: nothing that float64 could show
+ROUNDING = 1e-12  # of the loss, that a step may add to it
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What labelled points have taught a posterior after its fit: w ~ N(m, P⁻¹), and a temperature."""
+
+    mean: Tensor  # m, (K,)
+    precision: Tensor  # P, (K, K)
+    temperature: Tensor  # ()
+    drift: float  # τ
+    points: Observations  # with features along the K directions and the probes; on the CPU
+    given: bool = False  # whether τ was
+    figures: dict[str, float] = field(default_factory=dict)  # "before/nll", "after/nll", …: points left out in turn
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], **described: Any) -> "Learnt":
+        """From what `tensors` and `described` gave."""
+        own = {name: tensors[name] for name in _OWN}
+        points = {name: value.cpu() for name, value in tensors.items() if name not in _OWN}
+        return cls(**own, points=Observations(**points), **described)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, to be stored."""
+        own = {name: getattr(self, name).clone() for name in _OWN}  # a file holds no tensor under two names
+        return own | dict(self.points._asdict())
+
+    def described(self) -> dict[str, Any]:
+        """The rest, to be stored."""
+        return {"drift": self.drift, "given": self.given, "figures": self.figures}
+
+    @property
+    def num_points(self) -> int:
+        """How many samples were learnt from."""
+        return num_samples(self.points)
+
+    def tell(self) -> None:
+        """Log what was chosen and gained."""
+        names = {"nll": "NLL", "accuracy": "accuracy", "rmse": "RMSE"}
+        gains = [
+            f"{title} {self.figures[f'before/{name}']:.4g} -> {self.figures[f'after/{name}']:.4g}"
+            for name, title in names.items()
+            if f"before/{name}" in self.figures
+        ]
+        chosen = "given" if self.given else "chosen by leaving points out"
+        if not self.given and self.drift == 0:
+            chosen = "Bayes' rule, as no drift helps" if self.num_points >= ENOUGH else f"fewer than {ENOUGH} points"
+        log.info(
+            "ELLA: learnt from %d points, with a drift of %.3g (%s), temperature %.3g. Each point without itself: %s.",
+            *(self.num_points, self.drift, chosen, float(self.temperature), ", ".join(gains)),
+        )
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> "Learnt":
+        """With what `move` makes of all but the points."""
+        return replace(self, **{name: move(getattr(self, name)) for name in _OWN})
+
+
+_OWN = ("mean", "precision", "temperature")
+
+
+class Problem:
+    """−log p(y|w, T) of labelled points and the prior of w and log T, as a function of both: z = (w, log T), (k,).
+
+    Args:
+        points: rows, with features along the K directions; this process's share of them.
+        likelihood: gives log p.
+        centre: the mean of w, (K,).
+        covariance: of w, (K, K).
+        temperature: T; the mean of its logarithm where it is free.
+        free: whether it is, with the standard deviation `WIDTH`.
+        world: the processes that share the points.
+    """
+
+    def __init__(
+        self,
+        points: Observations,
+        likelihood: Likelihood,
+        centre: Tensor,
+        covariance: Tensor,
+        temperature: Tensor,
+        *,
+        free: bool,
+        world: World,
+    ):
+        self.points, self.likelihood, self.free, self.world = points, likelihood, free, world
+        self.rank = len(centre)
+        log_temperature = temperature.log().view(1)
+        self.centre = torch.cat([centre, log_temperature]) if free else centre
+        self.fixed = log_temperature
+        precision = torch.linalg.inv(covariance)
+        width = precision.new_full((1, 1), WIDTH**-2)
+        self.precision = torch.block_diag(precision, width) if free else precision
+        size = points.logits.shape[1] * (self.rank + 1) * 4
+        self.parts = slices(len(points.logits), chunks(points.logits).features // max(1, size))
+
+    def near(self, z: Tensor) -> Tensor:
+        """Coordinates of another problem as this one's: it may have another idea of what is free."""
+        return torch.cat([z[: self.rank], self.fixed if len(z) == self.rank else z[self.rank :]])[: len(self.centre)]
+
+    def outputs(self, z: Tensor, part: slice | Tensor) -> tuple[Observations, Tensor, Tensor]:
+        """Some rows in float64; outputs f + Ψ w and those at the temperature, (n, C), where z is (k,) or (n, k)."""
+        some = self.points.rows(part)
+        some = some._replace(logits=some.logits.double(), features=some.features.double())
+        away = torch.einsum("nck,...k->nc" if z.ndim == 1 else "nck,nk->nc", some.features, z[..., : self.rank])
+        logits = some.logits + away
+        log_temperature = z[..., self.rank :] if self.free else self.fixed
+        return some, logits, self._tempered(logits, log_temperature)
+
+    def loss(self, z: Tensor) -> float:
+        """Of all points."""
+        total = z.new_zeros(())
+        for part in self.parts:
+            some, _, outputs = self.outputs(z, part)
+            total += self._losses(some, outputs).sum()
+        away = z - self.centre
+        return float(self.world.sum(total) + away @ self.precision @ away / 2)
+
+    def expanded(self, z: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """Of some rows: gradients of their losses, (n, k), and square roots of their curvatures, (n, ·, k)."""
+        some, logits, outputs = self.outputs(z, part)
+        assert some.weights is not None
+        derivative = self._derivative(some, logits, z)  # (n, C, k)
+        weights = some.weights.double().view(-1, 1, 1)
+        scores = self.likelihood.score(outputs, some.targets).unsqueeze(-1)  # (n, C, 1)
+        return -(weights * derivative * scores).sum(1), weights.sqrt() * self.likelihood.rooted(outputs, derivative)
+
+    def expansion(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient (k,) and curvature (k, k) of the whole."""
+        gradient, curvature = torch.zeros_like(self.centre), torch.zeros_like(self.precision)
+        for part in self.parts:
+            gradients, roots = self.expanded(z, part)
+            gradient += gradients.sum(0)
+            curvature += roots.flatten(0, 1).T @ roots.flatten(0, 1)
+        both = self.world.sum(torch.cat([gradient.unsqueeze(0), curvature]))
+        return both[0] + self.precision @ (z - self.centre), both[1:] + self.precision
+
+    def minimum(self, z: Tensor) -> Tensor:
+        """From z downhill by Newton's method, with the Fisher information as the curvature."""
+        loss = self.loss(z)
+        for _ in range(MOST_STEPS):
+            gradient, curvature = self.expansion(z)
+            step = torch.linalg.solve(curvature, gradient)
+            promised = float(gradient @ step)
+            if not promised > DONE * max(1.0, abs(loss)):
+                break
+            size = 1.0
+            while (new := self.loss(z - size * step)) > loss + ROUNDING * abs(loss) or new != new:
+                size /= 2
+                if size < 1e-9:
+                    return z
+            z, loss = z - size * step, new
+        return z
+
+    def left_out(self, z: Tensor) -> Tensor:
+        """What z would be without the sample of each row, (n, k): one step of Newton's method from the minimum.
+
+        For a Gaussian likelihood it is exact (compare Beirami et al. 2017; Rad and Maleki 2020).
+        """
+        _, curvature = self.expansion(z)
+        gradients: list[Tensor] = []
+        squares: list[Tensor] = []
+        for part in self.parts:
+            each, roots = self.expanded(z, part)
+            gradients.append(each)
+            squares.append(torch.einsum("nck,ncl->nkl", roots, roots))
+        if not gradients:
+            return z.new_zeros(0, len(z))
+        samples = _numbered(self.points)
+        count = int(samples.max()) + 1
+        gradient = z.new_zeros(count, len(z)).index_add_(0, samples, torch.cat(gradients))
+        square = z.new_zeros(count, len(z), len(z)).index_add_(0, samples, torch.cat(squares))
+        return (z + torch.linalg.solve(curvature - square, gradient.unsqueeze(-1)).squeeze(-1))[samples]
+
+    def losses_left_out(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each row, (n,), and outputs before the temperature, (n, C), where its sample has been left out."""
+        everywhere = self.left_out(z)
+        losses, found = [z.new_zeros(0)], [self.points.logits[:0].double()]
+        for part in self.parts:
+            some, logits, outputs = self.outputs(everywhere[part], part)
+            losses.append(self._losses(some, outputs))
+            found.append(logits)
+        return torch.cat(losses), torch.cat(found)
+
+    def _losses(self, some: Observations, outputs: Tensor) -> Tensor:
+        assert some.weights is not None
+        return -some.weights.double() * self.likelihood.log_prob(outputs, some.targets)
+
+    def _tempered(self, logits: Tensor, log_temperature: Tensor) -> Tensor:
+        nothing = logits.new_zeros(1)
+        return self.likelihood.tempered(Gaussian(logits, nothing, nothing), log_temperature.exp()).mean
+
+    def _derivative(self, some: Observations, logits: Tensor, z: Tensor) -> Tensor:
+        """Of the outputs at the temperature in z, (n, C, k)."""
+        log_temperature = z[self.rank :] if self.free else self.fixed
+        along = Gaussian(logits, some.features, some.features)
+        inside = self.likelihood.tempered(along, log_temperature.exp()).factor
+        if not self.free:
+            return inside
+        tangent = torch.ones_like(log_temperature)
+        by_temperature = jvp(lambda t: self._tempered(logits, t), (log_temperature,), (tangent,))[1]
+        return torch.cat([inside, by_temperature.unsqueeze(-1)], -1)
+
+
+def learn(
+    points: Observations,
+    prior: Posterior,
+    likelihood: Likelihood,
+    *,
+    predictive: str,
+    draws: Tensor,
+    drift: float | None = None,
+    world: World | None = None,
+) -> tuple[Posterior, float, Observations]:
+    """Update w ~ N(m₀, S₀) by labelled points, after it has drifted: with the prior N(m₀, S₀ + τ I).
+
+    The drift τ is the variance by which every parameter may have moved between the data of the fit and the points, as
+    the process noise of a Kalman filter. Without drift this is Bayes' rule; with it the mean moves as far as the points
+    say. A drift that is not given is the smallest with which the points, each without its sample (`Problem.left_out`),
+    are predicted as well as with the best, but for `CAUTION` standard errors; and zero unless the best is better than
+    that by `EVIDENT` of them. Where a drift is chosen, the temperature is chosen again, too: together with w, and then
+    for the predictive that is used.
+
+    Args:
+        points: rows, with features along the K directions and the m probes.
+        prior: the posterior before them.
+        likelihood: of the points.
+        predictive: how the posterior is integrated over.
+        draws: (S, K + m) standard normal numbers.
+        drift: τ, or None to choose it.
+        world: the processes that share the points; these are then this one's share.
+
+    Returns:
+        the posterior after them, the drift, and the points with outputs as they are predicted without their sample.
+    """
+    world, rank = world or World(), len(prior.curvature)
+    points = points if points.weights is not None else points._replace(weights=torch.ones_like(points.logits[:, 0]))
+    inside = points._replace(features=points.features[..., :rank])
+    before, count = prior.covariance(), int(world.sum(torch.tensor(num_samples(points))))
+    centre = torch.zeros_like(before[0]) if prior.mean is None else prior.mean
+    chosen = drift is None
+    tempers = chosen and likelihood.has_temperature and not likelihood.temperature_is_noise
+
+    def problem(by: float) -> Problem:
+        drifted = before + by * torch.eye(rank).to(before)
+        free = tempers and by > 0
+        return Problem(inside, likelihood, centre, drifted, prior.temperature, free=free, world=world)
+
+    drifts = [drift or 0.0] + (_drifts(problem(0.0)) if chosen and count >= ENOUGH else [])
+    found, z = [], centre
+    for by in drifts:
+        of = problem(by)
+        z = of.minimum(of.near(z))
+        losses, left_out = of.losses_left_out(z)
+        found.append((of, z, losses, left_out))
+    totals = [float(world.sum(losses.sum())) for _, _, losses, _ in found]
+    least = found[totals.index(min(totals))][2]
+    worse = [_standard_errors(losses - least, points, count, world) for _, _, losses, _ in found]
+    best = 0 if worse[0] < EVIDENT else next(i for i, errors in enumerate(worse) if errors <= CAUTION)
+    of, z, _, left_out = found[best]
+    precision = of.expansion(z)[1][:rank, :rank]  # of w, at this temperature
+    after = replace(prior, mean=z[:rank], precision=precision)
+    unseen = points._replace(logits=left_out)
+    if chosen and drifts[best] > 0 and likelihood.has_temperature:
+        start = z[rank:].exp().squeeze() if of.free else prior.temperature
+        after = replace(after, temperature=start)
+        after = replace(after, temperature=_temperature(unseen, after, likelihood, predictive, draws, prior, world))
+    return after, drifts[best], unseen
+
+
+def figures_of(
+    points: Observations, posterior: Posterior, likelihood: Likelihood, predictive: str, draws: Tensor
+) -> dict[str, float]:
+    """What a likelihood's metrics say of a posterior's predictions at some points."""
+    metrics = likelihood.metrics(points.logits.shape[1], sync_on_compute=False)
+    size = chunks(points.logits).tuning // (points.logits.shape[1] * max(draws.shape))
+    for part in slices(len(points.logits), size):
+        some = points.rows(part)
+        gaussian = posterior.outputs(some.logits.to(draws), some.features.to(draws), draws)
+        prediction = likelihood.predict(gaussian, predictive, posterior.temperature.to(draws))
+        metrics.update(likelihood.summary(prediction, some.targets).cpu(), some.targets.cpu())
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def _numbered(points: Observations) -> Tensor:
+    """Of each row the number of its sample, (n,), from zero on."""
+    if points.samples is None:
+        return torch.arange(len(points.logits), device=points.logits.device)
+    return points.samples.unique(return_inverse=True)[1].to(points.logits.device)
+
+
+def num_samples(points: Observations) -> int:
+    """Samples."""
+    return len(points.logits) if points.samples is None else len(points.samples.unique())
+
+
+def _standard_errors(change: Tensor, points: Observations, count: int, world: World) -> float:
+    """How many standard errors the mean change of the samples' losses is above zero, from that of rows, (n,)."""
+    by_sample = change.new_zeros(num_samples(points)).index_add_(0, _numbered(points), change)
+    total, square = world.sum(torch.stack([by_sample.sum(), by_sample.square().sum()])) / max(1, count)
+    return float(total / ((square - total.square()) / max(1, count)).clamp_min(1e-30).sqrt())
+
+
+def _drifts(problem: Problem) -> list[float]:
+    """Round numbers around the drift that changes the loss of a row by a nat or so."""
+    _, curvature = problem.expansion(problem.centre)
+    information = (curvature - problem.precision).diagonal().sum()
+    rows = problem.world.sum(torch.tensor(len(problem.points.logits)))
+    if not information > 0:
+        return []
+    one = log10(float(rows / information))
+    steps = range(floor(EACH * (one + WEAKEST)), ceil(EACH * (one + STRONGEST)) + 1)
+    return [10 ** (step / EACH) for step in steps]
+
+
+def _temperature(
+    points: Observations,
+    posterior: Posterior,
+    likelihood: Likelihood,
+    predictive: str,
+    draws: Tensor,
+    prior: Posterior,
+    world: World,
+) -> Tensor:
+    """With the lowest NLL of the predictive, at points whose outputs are those without their sample."""
+    start, rows = posterior.temperature, int(world.sum(torch.tensor(len(points.logits))))
+    draws = draws[: max(MIN_DRAWS, TUNING_BUDGET // max(1, rows * points.logits.shape[1]))].double()
+    parts = slices(len(points.logits), chunks(points.logits).tuning // (points.logits.shape[1] * max(draws.shape)))
+
+    def loss_and_gradient(step: Tensor) -> tuple[Tensor, Tensor]:
+        step = step.detach().requires_grad_()
+        found = step.new_zeros(2)
+        with torch.enable_grad():
+            temperature = start * step.exp().squeeze()
+            for part in parts:
+                some = points.rows(part)
+                assert some.weights is not None
+                gaussian = Gaussian(some.logits.double(), posterior.factor(some.features.double()), draws)
+                losses = likelihood.nll(likelihood.predict(gaussian, predictive, temperature), some.targets)
+                total = (some.weights.double() * losses).sum()
+                found += torch.stack([total.detach(), *torch.autograd.grad(total, step, retain_graph=True)[0]])
+        away = step.detach() + (start / prior.temperature).log()
+        loss, gradient = world.sum(found)
+        return loss + (away / WIDTH).square().sum() / 2, gradient.view(1) + away / WIDTH**2
+
+    step = minimise(loss_and_gradient, torch.zeros(1, dtype=torch.float64, device=start.device))
+    return start * step.exp().squeeze()
