@@ -1,7 +1,7 @@
 """From labelled points to where the linearised network's mean goes, and how far it may go: learning in K directions."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil, floor, log10
 from typing import Any
@@ -21,7 +21,8 @@ from .predictions import Gaussian
 log = logging.getLogger(__name__)
 
 WIDTH = 0.5  # e-folds: the standard deviation of a prior on the temperature, around the one that it had
-EVIDENT = 1.0  # standard errors by which points must be predicted better for the weights to have drifted at all
+EVIDENT = 1.5  # standard errors by which points must be predicted better for the weights to have drifted at all
+REACHES = (1e-12, 1e-3, 1e-2, 0.1, 0.3, 1.0)  # times S₀, that are tried as the prior; with the first nothing moves
 WEAKEST, STRONGEST, EACH = -5.0, 2.0, 2  # decades of the drifts that are tried, around a change of one nat; steps each
 MOST_STEPS = 200  # of Newton's method
 DONE = 1e-22  # the change of the loss that a step promises, of its size: nothing that float64 could show
@@ -35,6 +36,7 @@ class Learnt:
     mean: Tensor  # m, (K,)
     precision: Tensor  # P, (K, K)
     temperature: Tensor  # ()
+    reach: float  # λ
     drift: float  # τ
     points: Observations  # with features along the K directions and the probes; on the CPU
     given: bool = False  # whether τ was
@@ -54,7 +56,7 @@ class Learnt:
 
     def described(self) -> dict[str, Any]:
         """The rest, to be stored."""
-        return {"drift": self.drift, "given": self.given, "figures": self.figures}
+        return {"reach": self.reach, "drift": self.drift, "given": self.given, "figures": self.figures}
 
     @property
     def num_points(self) -> int:
@@ -69,12 +71,13 @@ class Learnt:
             for name, title in names.items()
             if f"before/{name}" in self.figures
         ]
-        chosen = "given" if self.given else "chosen by leaving points out"
-        if not self.given and self.drift == 0:
-            chosen = "Bayes' rule, as no drift helps" if self.num_points >= ENOUGH else f"fewer than {ENOUGH} points"
+        how = "Bayes' rule" if self.drift == 0 else f"a drift of {self.drift:.3g} a parameter"
+        how = how if self.reach == 1 else f"a prior of {self.reach:.3g} times the posterior's covariance"
+        how = f"the mean moves by {how}" if self.reach > REACHES[0] else "the mean stays, as no move helps"
         log.info(
-            "ELLA: learnt from %d points, with a drift of %.3g (%s), temperature %.3g. Each point without itself: %s.",
-            *(self.num_points, self.drift, chosen, float(self.temperature), ", ".join(gains)),
+            "ELLA: learnt from %d points: %s (%s), temperature %.3g. Each point predicted without itself: %s.",
+            *(self.num_points, how, "given" if self.given else "chosen by leaving points out"),
+            *(float(self.temperature), ", ".join(gains)),
         )
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "Learnt":
@@ -198,15 +201,11 @@ class Problem:
         square = z.new_zeros(count, len(z), len(z)).index_add_(0, samples, torch.cat(squares))
         return (z + torch.linalg.solve(curvature - square, gradient.unsqueeze(-1)).squeeze(-1))[samples]
 
-    def losses_left_out(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each row, (n,), and outputs before the temperature, (n, C), where its sample has been left out."""
+    def outputs_left_out(self, z: Tensor) -> Tensor:
+        """Outputs before the temperature, (n, C), where the sample of each row has been left out."""
         everywhere = self.left_out(z)
-        losses, found = [z.new_zeros(0)], [self.points.logits[:0].double()]
-        for part in self.parts:
-            some, logits, outputs = self.outputs(everywhere[part], part)
-            losses.append(self._losses(some, outputs))
-            found.append(logits)
-        return torch.cat(losses), torch.cat(found)
+        found = [self.outputs(everywhere[part], part)[1] for part in self.parts]
+        return torch.cat([self.points.logits[:0].double(), *found])
 
     def _losses(self, some: Observations, outputs: Tensor) -> Tensor:
         assert some.weights is not None
@@ -236,16 +235,19 @@ def learn(
     predictive: str,
     draws: Tensor,
     drift: float | None = None,
+    drifts: bool = True,
     world: World | None = None,
-) -> tuple[Posterior, float, Observations]:
-    """Update w ~ N(m₀, S₀) by labelled points, after it has drifted: with the prior N(m₀, S₀ + τ I).
+) -> tuple[Posterior, float, float, Observations]:
+    """Update w ~ N(m₀, S₀) by labelled points, after it has drifted: with the prior N(m₀, λ S₀ + τ I).
 
     The drift τ is the variance by which every parameter may have moved between the data of the fit and the points, as
-    the process noise of a Kalman filter. Without drift this is Bayes' rule; with it the mean moves as far as the points
-    say. A drift that is not given is the smallest with which the points, each without its sample (`Problem.left_out`),
-    are predicted as well as with the best, but for `CAUTION` standard errors; and zero unless the best is better than
-    that by `EVIDENT` of them. Where a drift is chosen, the temperature is chosen again, too: together with w, and then
-    for the predictive that is used.
+    the process noise of a Kalman filter. With τ = 0 and λ = 1 this is Bayes' rule. S₀ is what suits the variance of
+    predictions, which may be too much for a mean to move by: with λ < 1 it moves less, while the covariance is as with
+    λ = 1. If τ is not given, the priors of `REACHES` and drifts from small to large are tried. The first is taken with
+    which the points, each without its sample (`Problem.left_out`), are predicted as well as with the best, but for
+    `CAUTION` standard errors; and a drift only if it predicts better by `EVIDENT` of them than all that have none.
+    Then the temperature is chosen again, too, for the predictive that is used; where there is drift, w is found
+    together with one. Of fewer than `ENOUGH` points neither drift nor temperature are.
 
     Args:
         points: rows, with features along the K directions and the m probes.
@@ -254,10 +256,11 @@ def learn(
         predictive: how the posterior is integrated over.
         draws: (S, K + m) standard normal numbers.
         drift: τ, or None to choose it.
+        drifts: whether there may be one at all, if it is not given.
         world: the processes that share the points; these are then this one's share.
 
     Returns:
-        the posterior after them, the drift, and the points with outputs as they are predicted without their sample.
+        the posterior after them, λ, τ, and the points with outputs as they are predicted without their sample.
     """
     world, rank = world or World(), len(prior.curvature)
     points = points if points.weights is not None else points._replace(weights=torch.ones_like(points.logits[:, 0]))
@@ -267,31 +270,88 @@ def learn(
     chosen = drift is None
     tempers = chosen and likelihood.has_temperature and not likelihood.temperature_is_noise
 
-    def problem(by: float) -> Problem:
-        drifted = before + by * torch.eye(rank).to(before)
+    def problem(reach: float, by: float) -> Problem:
+        covariance = reach * before + by * torch.eye(rank).to(before)
         free = tempers and by > 0
-        return Problem(inside, likelihood, centre, drifted, prior.temperature, free=free, world=world)
+        return Problem(inside, likelihood, centre, covariance, prior.temperature, free=free, world=world)
 
-    drifts = [drift or 0.0] + (_drifts(problem(0.0)) if chosen and count >= ENOUGH else [])
+    tried = [(reach, 0.0) for reach in REACHES] if chosen else [(1.0, drift or 0.0)]
+    if chosen and drifts and count >= ENOUGH:
+        tried += [(1.0, by) for by in _drifts(problem(1.0, 0.0))]
     found, z = [], centre
-    for by in drifts:
-        of = problem(by)
+    for reach, by in tried:
+        of = problem(reach, by)
         z = of.minimum(of.near(z))
-        losses, left_out = of.losses_left_out(z)
-        found.append((of, z, losses, left_out))
-    totals = [float(world.sum(losses.sum())) for _, _, losses, _ in found]
-    least = found[totals.index(min(totals))][2]
-    worse = [_standard_errors(losses - least, points, count, world) for _, _, losses, _ in found]
-    best = 0 if worse[0] < EVIDENT else next(i for i, errors in enumerate(worse) if errors <= CAUTION)
-    of, z, _, left_out = found[best]
-    precision = of.expansion(z)[1][:rank, :rank]  # of w, at this temperature
-    after = replace(prior, mean=z[:rank], precision=precision)
-    unseen = points._replace(logits=left_out)
-    if chosen and drifts[best] > 0 and likelihood.has_temperature:
-        start = z[rank:].exp().squeeze() if of.free else prior.temperature
-        after = replace(after, temperature=start)
+        unseen = points._replace(logits=of.outputs_left_out(z))
+        whole = problem(1.0, by)
+        after = replace(
+            prior,
+            mean=centre if reach == REACHES[0] else z[:rank],
+            precision=whole.expansion(z)[1][:rank, :rank],  # of w, at this temperature
+            temperature=z[rank:].exp().squeeze() if of.free else prior.temperature,
+        )
+        losses = losses_of(unseen, after, likelihood, predictive, draws, world) if chosen else None
+        found.append((after, unseen, losses))
+    best = _choice([losses for *_, losses in found], len(REACHES), points, count, world) if chosen else 0
+    (reach, by), (after, unseen, _) = tried[best], found[best]
+    if chosen and drifts and count >= ENOUGH and likelihood.has_temperature:
         after = replace(after, temperature=_temperature(unseen, after, likelihood, predictive, draws, prior, world))
-    return after, drifts[best], unseen
+    return after, reach, by, unseen
+
+
+def losses_of(
+    points: Observations, posterior: Posterior, likelihood: Likelihood, predictive: str, draws: Tensor, world: World
+) -> Tensor:
+    """−log p of each row times its weight, (n,), by the predictive around the points' outputs."""
+    draws = _fewer(draws, points, world)
+    losses = [draws.new_zeros(0)]
+    for some in _in_parts(points, draws):
+        gaussian = Gaussian(some.logits.double(), posterior.factor(some.features.double()), draws)
+        prediction = likelihood.predict(gaussian, predictive, posterior.temperature)
+        assert some.weights is not None
+        losses.append(some.weights * likelihood.nll(prediction, some.targets))
+    return torch.cat(losses)
+
+
+def _fewer(draws: Tensor, points: Observations, world: World) -> Tensor:
+    """As many of them as choosing can do with."""
+    numbers = int(world.sum(torch.tensor(points.logits.numel())))
+    return draws[: max(MIN_DRAWS, TUNING_BUDGET // max(1, numbers))].double()
+
+
+def _in_parts(points: Observations, draws: Tensor) -> Iterator[Observations]:
+    """Some rows at a time, with weights in float64."""
+    for part in slices(len(points.logits), chunks(points.logits).tuning // (points.logits.shape[1] * max(draws.shape))):
+        some = points.rows(part)
+        weights = torch.ones_like(some.logits[:, 0]) if some.weights is None else some.weights
+        yield some._replace(weights=weights.double())
+
+
+def _choice(losses: list[Tensor], plain: int, points: Observations, count: int, world: World) -> int:
+    """Which of several priors, from narrow to wide, by the losses of rows, (n,); the first `plain` have no drift."""
+
+    def first(most: int) -> tuple[int, Tensor]:
+        totals = [float(world.sum(loss.sum())) for loss in losses[:most]]
+        least = losses[totals.index(min(totals))]
+        worse = (_standard_errors(loss - least, points, count, world) for loss in losses[:most])
+        return next(i for i, errors in enumerate(worse) if errors <= CAUTION), least
+
+    (without, least), (best, lowest) = first(plain), first(len(losses))
+    return best if best < plain or _standard_errors(least - lowest, points, count, world) >= EVIDENT else without
+
+
+def gain(
+    points: Observations,
+    left_out: Observations,
+    posterior: Posterior,
+    likelihood: Likelihood,
+    predictive: str,
+    draws: Tensor,
+    world: World,
+) -> float:
+    """How many standard errors better points are predicted around other outputs."""
+    before, after = (losses_of(some, posterior, likelihood, predictive, draws, world) for some in (points, left_out))
+    return _standard_errors(before - after, points, int(world.sum(torch.tensor(num_samples(points)))), world)
 
 
 def figures_of(
@@ -349,22 +409,16 @@ def _temperature(
     world: World,
 ) -> Tensor:
     """With the lowest NLL of the predictive, at points whose outputs are those without their sample."""
-    start, rows = posterior.temperature, int(world.sum(torch.tensor(len(points.logits))))
-    draws = draws[: max(MIN_DRAWS, TUNING_BUDGET // max(1, rows * points.logits.shape[1]))].double()
-    parts = slices(len(points.logits), chunks(points.logits).tuning // (points.logits.shape[1] * max(draws.shape)))
+    start, draws = posterior.temperature, _fewer(draws, points, world)
 
     def loss_and_gradient(step: Tensor) -> tuple[Tensor, Tensor]:
         step = step.detach().requires_grad_()
         found = step.new_zeros(2)
         with torch.enable_grad():
-            temperature = start * step.exp().squeeze()
-            for part in parts:
-                some = points.rows(part)
-                assert some.weights is not None
-                gaussian = Gaussian(some.logits.double(), posterior.factor(some.features.double()), draws)
-                losses = likelihood.nll(likelihood.predict(gaussian, predictive, temperature), some.targets)
-                total = (some.weights.double() * losses).sum()
-                found += torch.stack([total.detach(), *torch.autograd.grad(total, step, retain_graph=True)[0]])
+            for some in _in_parts(points, draws):
+                at = replace(posterior, temperature=start * step.exp().squeeze())
+                total = losses_of(some, at, likelihood, predictive, draws, World()).sum()
+                found += torch.cat([total.detach().view(1), *torch.autograd.grad(total, step)])
         away = step.detach() + (start / prior.temperature).log()
         loss, gradient = world.sum(found)
         return loss + (away / WIDTH).square().sum() / 2, gradient.view(1) + away / WIDTH**2

@@ -227,8 +227,9 @@ class ELLAPredictor(nn.Module):
             loader: labelled points.
             unpack: maps a batch to `(inputs, targets)` or `(inputs, targets, weights)`.
             drift: τ, the variance by which each parameter may have moved since the fit. 0 is Bayes' rule, for more
-                data of the same kind. None chooses τ by how well each point is predicted from the others, and then the
-                temperature anew; of fewer than 30 points it takes 0.
+                data of the same kind. None chooses how far the mean may move by how well each point is predicted from
+                the others: not at all, by Bayes' rule with a narrower prior, by Bayes' rule, or with a drift; and then
+                the temperature anew. Of fewer than 30 points it chooses neither drift nor temperature.
             distributed: share the work with all processes of torch.distributed's default group, each of which must call
                 this with the same data.
 
@@ -362,7 +363,7 @@ class ELLAPredictor(nn.Module):
                 counted = [str(name) for name in json.loads(metadata.get("counted", "[]"))]
                 batched = bool(json.loads(metadata.get("batched", "false")))
                 settings = asdict(Settings(**json.loads(metadata["settings"])))
-                learnt = {"drift": 0.0, "given": False, "figures": {}} | json.loads(metadata.get("learnt", "{}"))
+                learnt = dict(json.loads(metadata.get("learnt", "{}")))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
             _compare(theirs, model, counted, f"the posterior in {path}", origin)
@@ -454,7 +455,7 @@ class ELLAPredictor(nn.Module):
         prior, draws = self._fitted.to(host), self.draws.cpu()
         how = {"predictive": self.settings["predictive"], "draws": draws}
         with as_function():
-            after, by, unseen = learn(points, prior, self.likelihood, drift=drift, **how)
+            after, reach, by, unseen = learn(points, prior, self.likelihood, drift=drift, **how)
             before = figures_of(points, prior, self.likelihood, **how)
             now = figures_of(unseen, replace(after, mean=None), self.likelihood, **how)
         assert after.mean is not None
@@ -462,7 +463,7 @@ class ELLAPredictor(nn.Module):
         figures = {
             f"{name}/{figure}": v for name, found in (("before", before), ("after", now)) for figure, v in found.items()
         }
-        learnt = Learnt(after.mean, after.precision, after.temperature, by, points, drift is not None, figures)
+        learnt = Learnt(after.mean, after.precision, after.temperature, reach, by, points, drift is not None, figures)
         self.learnt = learnt.to(lambda tensor: tensor.to(self.curvature))
         learnt.tell()
 

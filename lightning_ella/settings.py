@@ -46,6 +46,8 @@ class Settings:
         residual_scale: variance of every parameter outside the span; None chooses it on unseen points, and leaves the
             residual out where there are none.
         temperature: the logits are divided by it before they become probabilities; None chooses it on unseen points.
+        learn: whether the mean of the posterior may leave the network's outputs for what unseen points say, where that
+            predicts each of them better from the others, by two standard errors.
         predictive: how the posterior is integrated over: "mc", "probit" or "bridge" for classes, "exact" for
             regression; "auto" takes the likelihood's first.
         num_samples: Monte Carlo draws S.
@@ -77,6 +79,7 @@ class Settings:
     residual: str | int = "auto"
     residual_scale: float | None = None
     temperature: float | None = None
+    learn: bool = False
     predictive: str = "auto"
     num_samples: int = 512
     engine: str = "auto"

@@ -8,6 +8,7 @@ process with the network's tangent kernel, and this package. Only the latter nee
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil, log
 from pathlib import Path
@@ -183,6 +184,7 @@ def methods(
     module.eval()
     yield "network and noise", certain(module, problem)
     yield "lightning-ella", ella.predictor
+    yield "lightning-ella, mean moved by the unseen points", deepcopy(ella.predictor).update(loaders[1])
     copy = Perceptron(x.shape[1], y.shape[1], config.hidden)
     copy.load_state_dict(module.state_dict())
     yield "exact linearised Laplace", Exact(copy.body, problem, process=False)
