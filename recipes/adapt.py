@@ -434,9 +434,8 @@ def learnt(predictor: ELLAPredictor, task: Task, seconds: float) -> Adapted:
     started = time.perf_counter()
     predictor.update(task.loader)
     seconds += time.perf_counter() - started
-    drift, temperature = (getattr(predictor.learnt, name, None) for name in ("drift", "temperature"))
-    named = {"drift": drift, "temperature": temperature}
-    chosen = {name: float(value) for name, value in named.items() if value is not None}
+    assert predictor.learnt is not None
+    chosen = {name: float(getattr(predictor.learnt, name)) for name in ("reach", "drift", "temperature")}
     return Adapted(probabilities(predictor, task.domain.test[0]), seconds, chosen=chosen)
 
 
