@@ -120,8 +120,8 @@ class Problem:
         precision = torch.linalg.inv(covariance)
         width = precision.new_full((1, 1), WIDTH**-2)
         self.precision = torch.block_diag(precision, width) if free else precision
-        size = points.logits.shape[1] * (self.rank + 1) * 4
-        self.parts = slices(len(points.logits), chunks(points.logits).features // max(1, size))
+        one = (self.rank + 1) * (4 * points.logits.shape[1] + self.rank + 1)  # numbers that are made of a row
+        self.parts = _whole_samples(points, chunks(points.logits).features // one)
 
     def near(self, z: Tensor) -> Tensor:
         """Coordinates of another problem as this one's: it may have another idea of what is free."""
@@ -187,19 +187,17 @@ class Problem:
         For a Gaussian likelihood it is exact (compare Beirami et al. 2017; Rad and Maleki 2020).
         """
         _, curvature = self.expansion(z)
-        gradients: list[Tensor] = []
-        squares: list[Tensor] = []
+        found = [z.new_zeros(0, len(z))]
         for part in self.parts:
-            each, roots = self.expanded(z, part)
-            gradients.append(each)
-            squares.append(torch.einsum("nck,ncl->nkl", roots, roots))
-        if not gradients:
-            return z.new_zeros(0, len(z))
-        samples = _numbered(self.points)
-        count = int(samples.max()) + 1
-        gradient = z.new_zeros(count, len(z)).index_add_(0, samples, torch.cat(gradients))
-        square = z.new_zeros(count, len(z), len(z)).index_add_(0, samples, torch.cat(squares))
-        return (z + torch.linalg.solve(curvature - square, gradient.unsqueeze(-1)).squeeze(-1))[samples]
+            gradients, roots = self.expanded(z, part)
+            samples = _numbered(self.points.rows(part))
+            count = int(samples[-1]) + 1
+            gradient = z.new_zeros(count, len(z)).index_add_(0, samples, gradients)
+            squares = torch.einsum("nck,ncl->nkl", roots, roots)
+            square = z.new_zeros(count, len(z), len(z)).index_add_(0, samples, squares)
+            step = torch.linalg.solve(curvature - square, gradient.unsqueeze(-1)).squeeze(-1)
+            found.append((z + step)[samples])
+        return torch.cat(found)
 
     def outputs_left_out(self, z: Tensor) -> Tensor:
         """Outputs before the temperature, (n, C), where the sample of each row has been left out."""
@@ -366,6 +364,17 @@ def figures_of(
         prediction = likelihood.predict(gaussian, predictive, posterior.temperature.to(draws))
         metrics.update(likelihood.summary(prediction, some.targets).cpu(), some.targets.cpu())
     return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def _whole_samples(points: Observations, size: int) -> list[slice]:
+    """Rows in pieces of `size` or so, none of which ends within a sample: rows of one lie together."""
+    parts, start, end = [], 0, 0
+    for count in _numbered(points).bincount().tolist():
+        if end > start and end + count - start > size:
+            parts.append(slice(start, end))
+            start = end
+        end += count
+    return [*parts, slice(start, end)] if end else []
 
 
 def _numbered(points: Observations) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ListDataset, flat
+from conftest import ListDataset, at_a_time, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_other_likelihoods import problem
@@ -139,8 +139,10 @@ def test_few_points_do_not_choose_a_drift():
     assert predictor.update(loader(x[:29], y[:29])).learnt.drift == 0
 
 
+@pytest.mark.parametrize("features", [1, 2**24])
 @pytest.mark.parametrize("positions", [1, 3])
-def test_a_sample_left_out_is_a_fit_without_it(positions: int):
+def test_a_sample_left_out_is_a_fit_without_it(positions: int, features: int, monkeypatch: pytest.MonkeyPatch):
+    at_a_time(monkeypatch, features=features)
     torch.manual_seed(0)
     rows = 12 * positions
     samples = torch.arange(rows) // positions
