@@ -548,10 +548,10 @@ def _moved(
 ) -> tuple[Posterior, dict[str, float]]:
     """The posterior with its mean where unseen points would have it, if each is predicted better without itself."""
     draws, predictive = _draws(settings, unseen, posterior.curvature), settings.predictive
-    points = unseen.to(posterior.curvature.device)
-    options = {"predictive": predictive, "draws": draws, "drifts": False, "world": world}
-    after, reach, _, left_out = learn(points, posterior, likelihood, **options)
-    better = gain(points, left_out, posterior, likelihood, predictive, draws, world)
+    points, fitted = unseen.to(torch.device("cpu")), posterior.to(lambda tensor: tensor.cpu())  # where there is room
+    options = {"predictive": predictive, "draws": draws.cpu(), "drifts": False, "world": world}
+    after, reach, _, left_out = learn(points, fitted, likelihood, **options)
+    better = gain(points, left_out, fitted, likelihood, predictive, draws.cpu(), world)
     if better < SURE:
         return posterior, {}
     left_out = left_out._replace(logits=left_out.logits.to(unseen.logits.dtype))
@@ -562,7 +562,8 @@ def _moved(
         "each without itself is predicted better by %.1f standard errors, with an NLL of %.4g (learn=False leaves it).",
         *(reach, better, figures["ella/nll"]),
     )
-    return replace(posterior, mean=after.mean), figures
+    assert after.mean is not None
+    return replace(posterior, mean=after.mean.to(posterior.curvature)), figures
 
 
 def _draws(settings: Settings, unseen: Observations, curvature: Tensor) -> Tensor:

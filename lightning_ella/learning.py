@@ -95,7 +95,7 @@ class Problem:
         points: rows, with features along the K directions; this process's share of them.
         likelihood: gives log p.
         centre: the mean of w, (K,).
-        covariance: of w, (K, K).
+        precision: of w, (K, K).
         temperature: T; the mean of its logarithm where it is free.
         free: whether it is, with the standard deviation `WIDTH`.
         world: the processes that share the points.
@@ -106,7 +106,7 @@ class Problem:
         points: Observations,
         likelihood: Likelihood,
         centre: Tensor,
-        covariance: Tensor,
+        precision: Tensor,
         temperature: Tensor,
         *,
         free: bool,
@@ -117,7 +117,6 @@ class Problem:
         log_temperature = temperature.log().view(1)
         self.centre = torch.cat([centre, log_temperature]) if free else centre
         self.fixed = log_temperature
-        precision = torch.linalg.inv(covariance)
         width = precision.new_full((1, 1), WIDTH**-2)
         self.precision = torch.block_diag(precision, width) if free else precision
         one = (self.rank + 1) * (4 * points.logits.shape[1] + self.rank + 1)  # numbers that are made of a row
@@ -167,6 +166,10 @@ class Problem:
     def minimum(self, z: Tensor) -> Tensor:
         """From z downhill by Newton's method, with the Fisher information as the curvature."""
         loss = self.loss(z)
+        if not abs(loss) < float("inf"):
+            raise ValueError(
+                "the likelihood of these points is no finite number: leave out those with extreme targets or weights."
+            )
         for _ in range(MOST_STEPS):
             gradient, curvature = self.expansion(z)
             step = torch.linalg.solve(curvature, gradient)
@@ -244,8 +247,8 @@ def learn(
     λ = 1. If τ is not given, the priors of `REACHES` and drifts from small to large are tried. The first is taken with
     which the points, each without its sample (`Problem.left_out`), are predicted as well as with the best, but for
     `CAUTION` standard errors; and a drift only if it predicts better by `EVIDENT` of them than all that have none.
-    Then the temperature is chosen again, too, for the predictive that is used; where there is drift, w is found
-    together with one. Of fewer than `ENOUGH` points neither drift nor temperature are.
+    The temperature is chosen again, too: together with w for each prior, so that no drift is taken for the sake of a
+    temperature, and at last for the predictive that is used. Of fewer than `ENOUGH` points neither of them is.
 
     Args:
         points: rows, with features along the K directions and the m probes.
@@ -263,15 +266,16 @@ def learn(
     world, rank = world or World(), len(prior.curvature)
     points = points if points.weights is not None else points._replace(weights=torch.ones_like(points.logits[:, 0]))
     inside = points._replace(features=points.features[..., :rank])
-    before, count = prior.covariance(), int(world.sum(torch.tensor(num_samples(points))))
-    centre = torch.zeros_like(before[0]) if prior.mean is None else prior.mean
+    count = int(world.sum(torch.tensor(num_samples(points))))
+    variances, directions = prior.principal()
+    centre = torch.zeros_like(variances) if prior.mean is None else prior.mean
     chosen = drift is None
-    tempers = chosen and likelihood.has_temperature and not likelihood.temperature_is_noise
+    tempers = chosen and drifts and count >= ENOUGH and likelihood.has_temperature
+    free = tempers and not likelihood.temperature_is_noise
 
     def problem(reach: float, by: float) -> Problem:
-        covariance = reach * before + by * torch.eye(rank).to(before)
-        free = tempers and by > 0
-        return Problem(inside, likelihood, centre, covariance, prior.temperature, free=free, world=world)
+        precision = directions / (reach * variances + by) @ directions.T
+        return Problem(inside, likelihood, centre, precision, prior.temperature, free=free, world=world)
 
     tried = [(reach, 0.0) for reach in REACHES] if chosen else [(1.0, drift or 0.0)]
     if chosen and drifts and count >= ENOUGH:
@@ -292,7 +296,7 @@ def learn(
         found.append((after, unseen, losses))
     best = _choice([losses for *_, losses in found], len(REACHES), points, count, world) if chosen else 0
     (reach, by), (after, unseen, _) = tried[best], found[best]
-    if chosen and drifts and count >= ENOUGH and likelihood.has_temperature:
+    if tempers:
         after = replace(after, temperature=_temperature(unseen, after, likelihood, predictive, draws, prior, world))
     return after, reach, by, unseen
 

@@ -50,7 +50,7 @@ def matched(some: Observations, all_of_them: Observations) -> Observations | Non
     left, labels, numbers = _signatures(all_of_them)
     there = torch.ones(len(left), dtype=torch.bool)
     for signature, label in zip(*_signatures(some)[:2], strict=True):
-        away = (left - signature).norm(dim=1).masked_fill(~there | (labels != label).any(1), torch.inf)
+        away = (left - signature).norm(dim=1).masked_fill(~there | ~labels.isclose(label, 1e-5, 1e-6).all(1), torch.inf)
         nearest = int(away.argmin())
         if not away[nearest] <= SAME * signature.norm():
             return None
@@ -140,10 +140,13 @@ def weights_of(likelihood: Likelihood, targets: Tensor, weights: Tensor | None) 
 def _spread(weights: Tensor, seen: Tensor) -> Tensor:
     """Weights of samples or positions to all positions (*)."""
     weights = without_channel(weights, seen.shape)
-    if weights.shape != seen.shape[: weights.ndim] or (len(weights) and not weights.min() >= 0):
+    if weights.shape != seen.shape[: weights.ndim] or (
+        len(weights) and not (weights.min() >= 0 and weights.max() < torch.inf)
+    ):
         raise ValueError(
             f"weights of the shape {tuple(weights.shape)} do not belong to {tuple(seen.shape)} targets, or are "
-            "negative: let unpack= return (inputs, targets, weights), one of at least 0 for each sample or position."
+            "negative or infinite: let unpack= return (inputs, targets, weights), one of at least 0 for each sample or "
+            "position."
         )
     return weights.view(*weights.shape, *[1] * (seen.ndim - weights.ndim)) * seen.float()
 

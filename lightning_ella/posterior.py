@@ -58,16 +58,21 @@ class Posterior:
 
     def root(self) -> Tensor:
         """R (K, K) with R Rᵀ = S, float64: the symmetric one, which does not hang on the signs of eigenvectors."""
-        if self.precision is not None:
-            eigenvalues, eigenvectors = torch.linalg.eigh(self.precision)
-            return eigenvectors * eigenvalues.rsqrt() @ eigenvectors.T
-        eigenvalues, eigenvectors = self.spectrum or torch.linalg.eigh(self.curvature)
+        variances, eigenvectors = self.principal()
+        return eigenvectors * variances.sqrt() @ eigenvectors.T
+
+    def principal(self) -> tuple[Tensor, Tensor]:
+        """Principal variances of S, (K,), and their directions, (K, K)."""
+        known = self.spectrum if self.precision is None else None
+        matrix = self.curvature if self.precision is None else self.precision
+        eigenvalues, eigenvectors = known or torch.linalg.eigh(matrix)
         # One that rounding hides may be as large as that; as zero it would make a direction free that the data fix.
         hidden = (eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps).clamp_min(0)
         eigenvalues = eigenvalues.maximum(hidden)
+        if self.precision is not None:
+            return 1 / eigenvalues, eigenvectors
         eigenvalues = eigenvalues / self.temperature if self.softened else eigenvalues
-        deviations = (self.covariance_scale / (eigenvalues + 1 / self.prior_variance)).sqrt()
-        return eigenvectors * deviations @ eigenvectors.T
+        return self.covariance_scale / (eigenvalues + 1 / self.prior_variance), eigenvectors
 
     def covariance(self) -> Tensor:
         """S, (K, K)."""

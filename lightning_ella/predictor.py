@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -106,7 +106,7 @@ class ELLAPredictor(nn.Module):
         self.prior_variance, self.covariance_scale = prior_variance, covariance_scale
         self.residual_scale, self.temperature = residual_scale, temperature
         self.mean = curvature.new_zeros(len(curvature)) if mean is None else mean
-        self.learnt = learnt
+        self.learnt, self._taught = learnt, learnt is not None  # taught: whether anything was ever learnt
         self._tangents = dict(basis)
         if len(next(iter(basis.values()))) == self.rank:
             with_probes(self._tangents, settings["residual"], settings["seed"])
@@ -237,19 +237,29 @@ class ELLAPredictor(nn.Module):
             this predictor.
 
         Raises:
-            ValueError: if the points cannot be used. The predictor is then as it was.
+            ValueError: if the points cannot be used, or have another drift than those learnt before. The predictor is
+                then as it was.
         """
-        if drift is not None and not 0 <= drift < float("inf"):
+        if drift is not None and not (isinstance(drift, SupportsFloat) and 0 <= float(drift) < float("inf")):
             raise ValueError(f"drift={drift!r} must be a number of at least 0, or None to choose it.")
-        new = self._observed(loader, unpack, distributed)
+        drift, world = None if drift is None else float(drift), World()
         with self._lock:
-            self._learn(new if self.learnt is None else joined([self.learnt.points, new]), drift)
+            before = self.learnt
+            if before is not None and drift != (before.drift if before.given else None):
+                raise ValueError(
+                    f"the points learnt before have drift={before.drift if before.given else None}, and all points "
+                    "have the same: pass that, or forget them first."
+                )
+            world = World(dist.group.WORLD, self.device) if distributed else world
+            new = self._observed(loader, unpack, world)
+            with world.quiet():
+                self._learn(new if before is None else joined([before.points, new]), drift)
         return self
 
     def forget(self, loader: DataLoader, unpack: Unpack = inputs_and_targets, *, distributed: bool = False) -> Self:
         """Take points back that were learnt by `update`: all is as if they had never been.
 
-        If nothing was learnt since the fit, the points are taken for training points: what they contributed to the
+        If nothing was ever learnt since the fit, the points are taken for training points: what they contributed to the
         curvature is taken out. What they did to the weights stays, for which training again is the only way.
 
         Raises:
@@ -258,16 +268,19 @@ class ELLAPredictor(nn.Module):
                 estimated from some of them.
         """
         with self._lock:
-            if self.learnt is None:
+            if self.learnt is None and not self._taught:
                 return self._forget_training(loader, unpack)
-            kept = matched(self._observed(loader, unpack, distributed), self.learnt.points)
-            if kept is None:
+            world = World(dist.group.WORLD, self.device) if distributed else World()
+            some = self._observed(loader, unpack, world)
+            kept = None if self.learnt is None else matched(some, self.learnt.points)
+            if self.learnt is None or kept is None:
                 raise ValueError(
                     "some of these points were not among those that the posterior has learnt since its fit, so it "
                     "cannot forget them: pass the loader, and the transforms, that update() got."
                 )
             if len(kept.logits):
-                self._learn(kept, self.learnt.drift if self.learnt.given else None)
+                with world.quiet():
+                    self._learn(kept, self.learnt.drift if self.learnt.given else None)
             else:
                 self.learnt = None
         return self
@@ -411,15 +424,22 @@ class ELLAPredictor(nn.Module):
                 "the outputs that you compare."
             )
 
-    def _observed(self, loader: DataLoader, unpack: Unpack, distributed: bool) -> Observations:
+    def _observed(self, loader: DataLoader, unpack: Unpack, world: World) -> Observations:
         """Features of all points of a loader and their targets, on the CPU of every process.
 
         Raises:
             ValueError: if some cannot be used, or all of them cannot be held.
         """
-        points, top = self._all(loader, unpack), self.settings["top_outputs"]
-        world = World(dist.group.WORLD, self.device) if distributed else World()
-        parts, held = [], 0
+        top, parts = self.settings["top_outputs"], []
+        held = 0 if self.learnt is None else self.learnt.points.features.nbytes
+        with world.together("a look at the points to learn from"):
+            points = self._all(loader, unpack)
+            if world.size > 1 and not points.shareable:
+                raise ValueError(
+                    "each of several processes would read other points from such a loader: pass a DataLoader of a "
+                    "map-style dataset."
+                )
+        world.check_same(points.digest() if world.size > 1 else "", "points: pass a loader without a sampler for each")
         with self._lock, as_function(), world.together("the points to learn from"):
             linearization = self._here()
             budget, temperature = linearization.memory_budget, 1.0 if top is None else float(self.temperature)
@@ -432,7 +452,7 @@ class ELLAPredictor(nn.Module):
                             f"the network's outputs, or their derivatives, are NaN or infinite in batch {number}: "
                             "leave those points out."
                         )
-                    parts.append(part.to(torch.device("cpu")))
+                    parts.append(_owned(part.to(torch.device("cpu"))))
                     held += parts[-1].features.nbytes * world.size
                     if held > budget:
                         raise ValueError(
@@ -464,7 +484,7 @@ class ELLAPredictor(nn.Module):
             f"{name}/{figure}": v for name, found in (("before", before), ("after", now)) for figure, v in found.items()
         }
         learnt = Learnt(after.mean, after.precision, after.temperature, reach, by, points, drift is not None, figures)
-        self.learnt = learnt.to(lambda tensor: tensor.to(self.curvature))
+        self.learnt, self._taught = learnt.to(lambda tensor: tensor.to(self.curvature)), True
         learnt.tell()
 
     def _forget_training(self, loader: DataLoader, unpack: Unpack) -> Self:
@@ -671,16 +691,16 @@ def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[s
     expected: dict[str, tuple[int, ...]] = {"eigenvalues": (rank,), "curvature": (rank, rank)}
     expected |= dict.fromkeys(SCALES, ()) | {"mean": (rank,)}
     expected |= {f"basis.{name}": (rank, *parameter.shape) for name, parameter in model.named_parameters()}
-    shapes = _without_learnt(shapes, rank)
+    probes = settings["residual"] if isinstance(settings["residual"], int) else MAX_DRAWN
+    shapes = _without_learnt(shapes, rank, rank + probes)
     types = {name: ("F32", "F64") if name in _PARTS else ("F32", "F64", "BF16") for name in expected}
     wrong = [n for n, (kind, shape) in shapes.items() if expected.get(n) != shape or kind not in types[n]]
-    probes = settings["residual"] if isinstance(settings["residual"], int) else MAX_DRAWN
     complete = shapes.keys() > set(_PARTS) and rank > 0 and settings["num_samples"] * (rank + probes) <= MAX_DRAWN
     if wrong or not complete:
         raise ValueError(f"the tensors in {path} are not those of a posterior of this network ({wrong}): fit again.")
 
 
-def _without_learnt(shapes: artefact.Shapes, rank: int) -> artefact.Shapes:
+def _without_learnt(shapes: artefact.Shapes, rank: int, columns: int) -> artefact.Shapes:
     """The shapes of a posterior's tensors but for those of what it has learnt, if these belong together."""
     learnt = {name.removeprefix(_LEARNT): shape for name, (_, shape) in shapes.items() if name.startswith(_LEARNT)}
     rest = {name: shape for name, shape in shapes.items() if not name.startswith(_LEARNT)}
@@ -689,7 +709,7 @@ def _without_learnt(shapes: artefact.Shapes, rank: int) -> artefact.Shapes:
     count, outputs = learnt.get("logits", (0, 0))
     expected = {"mean": (rank,), "precision": (rank, rank), "temperature": (), "weights": (count,), "samples": (count,)}
     features = learnt.get("features", ())
-    whole = features[:2] == (count, outputs) and learnt.get("targets", ())[:1] == (count,) and count > 0
+    whole = features == (count, outputs, columns) and learnt.get("targets", ())[:1] == (count,) and count > 0
     known = all(learnt.get(name) == shape for name, shape in expected.items())
     return rest if whole and known and len(learnt) == len(expected) + 3 else shapes
 
@@ -707,6 +727,11 @@ def _versions(model: nn.Module, without: Collection[str]) -> Versions:
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors = [value for name, value in named if name not in without]
     return Versions(tensors, [(id(value), value.data_ptr(), version(value)) for value in tensors])
+
+
+def _owned(points: Observations) -> Observations:
+    """Rows that may be saved for a backward pass, whatever mode they were made in."""
+    return Observations(*(_constant(part) for part in points))
 
 
 def _constant(leaf: Any) -> Any:

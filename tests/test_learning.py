@@ -314,3 +314,47 @@ def test_a_mean_that_a_fit_moved_is_saved_and_is_where_an_update_begins(tmp_path
     predictor.curvature = torch.linalg.inv(narrow)
     mean = predictor.update(loader(x, y), drift=0.0).posterior.mean
     torch.testing.assert_close(mean, predictor.mean, rtol=1e-6, atol=0)
+
+
+def test_forgetting_twice_is_refused_and_does_not_reach_for_the_training_points():
+    predictor, x, y = fitted()
+    before = predictor(x).probs
+    predictor.update(loader(x, y)).forget(loader(x, y))
+    with pytest.raises(ValueError, match="not among those that the posterior has learnt"):
+        predictor.forget(loader(x, y))
+    torch.testing.assert_close(predictor(x).probs, before, rtol=0, atol=0)
+
+
+def test_all_points_have_one_drift():
+    predictor, x, y = fitted()
+    predictor.update(loader(x[:30], y[:30]), drift=0.1)
+    for other in (None, 0.2):
+        with pytest.raises(ValueError, match="points learnt before have"):
+            predictor.update(loader(x[30:], y[30:]), drift=other)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_any_likelihood_chooses_learns_and_forgets(name: str, tmp_path: Path):
+    predictor, x, y = fitted(name)
+    before = predictor(x).log_prob(y).mean()
+    predictor.update(loader(x, y)).save(tmp_path / "ella.safetensors")
+    assert predictor(x).log_prob(y).mean() > before
+    kept = deepcopy(predictor).forget(loader(x[:20], y[:20], 7))
+    assert kept.learnt.num_points == 40
+    assert predictor.forget(loader(x, y, 7)).learnt is None
+
+
+@pytest.mark.parametrize("what", ["target", "weight"])
+def test_numbers_that_are_too_large_are_refused_in_a_sentence(what: str):
+    predictor, x, y = fitted("regression")
+    weights = torch.ones(60).index_fill(0, torch.tensor([3]), torch.inf if what == "weight" else 1)
+    y = y.index_fill(0, torch.tensor([3]), 1e300) if what == "target" else y
+    with pytest.raises(ValueError, match="extreme targets" if what == "target" else "infinite"):
+        predictor.update(loader(x, y, 16, weights), tuple)
+    assert predictor.learnt is None
+
+
+def test_points_are_known_again_in_another_type():
+    predictor, x, y = fitted("regression")
+    predictor.update(loader(x, y)).float()
+    assert predictor.forget(loader(x.float(), y.float(), 7)).learnt is None
