@@ -56,6 +56,11 @@ class World:
         with self.together("the choice of GPUs"):
             _check_current(self.device)
 
+    @classmethod
+    def of_all(cls, device: torch.device) -> "World":
+        """All processes of torch.distributed's default group."""
+        return cls(dist.group.WORLD, device)
+
     @property
     def first(self) -> bool:
         """Whether this is the process that does what is done once."""

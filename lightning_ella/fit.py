@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -94,10 +93,9 @@ def fit_ella(
         ValueError, TypeError: if the network, the data or a setting cannot be used; the message names the fix.
         RuntimeError: if another process failed, with its message, or was lost.
     """
-    chosen, world = Settings(likelihood=likelihood, **settings), None
-    if distributed:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        world = World(dist.group.WORLD, device)
+    chosen = Settings(likelihood=likelihood, **settings)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    world = World.of_all(device) if distributed else None
     hooks = {"unpack": unpack, "forward": forward, "parameters": parameters}
     return run(model, train_loader, calibration_loader, chosen, **hooks, world=world).predictor
 
@@ -582,7 +580,11 @@ def _compared(
     gathered = [(name, world.gather_rows(values)) for name, values in mine.items()]
     with world.together("the figures"):
         known = {name: values for name, values in gathered if values is not None}
-        figures = {} if targets is None else _figures(likelihood, known, targets, unseen.logits.shape[1])
+        figures = {}
+        if targets is not None:
+            for name, summary in known.items():
+                found = likelihood.figures(summary, targets, unseen.logits.shape[1])
+                figures |= {f"{name}/{figure}": value for figure, value in found.items()}
     return world.object_from_first(figures)
 
 
@@ -649,18 +651,6 @@ def _summaries(
         found["map"].append(likelihood.summary(likelihood.predict(certain, first, one), some.targets))
         found["ella"].append(likelihood.summary(likelihood.predict(learnt, predictive, temperature), some.targets))
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def _figures(
-    likelihood: Likelihood, summaries: dict[str, Tensor], targets: Tensor, num_outputs: int
-) -> dict[str, float]:
-    """Metrics of each, by name: map/nll, ella/nll, and so on."""
-    found = {}
-    for name, values in summaries.items():
-        metrics = likelihood.metrics(num_outputs, sync_on_compute=False)  # on the CPU, whatever is repeatable elsewhere
-        metrics.update(values.cpu(), targets.cpu())
-        found |= {f"{name}/{metric}": float(value) for metric, value in metrics.compute().items()}
-    return found
 
 
 def _tqdm(batches: Iterable, description: str, total: int) -> Iterable:

@@ -42,6 +42,13 @@ class Learnt:
     given: bool = False  # whether τ was
     figures: dict[str, float] = field(default_factory=dict)  # "before/nll", "after/nll", …: points left out in turn
 
+    DESCRIBED = ("reach", "drift", "given", "figures")  # what a file has beside the tensors
+
+    @property
+    def given_drift(self) -> float | None:
+        """τ, if it was given."""
+        return self.drift if self.given else None
+
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], **described: Any) -> "Learnt":
         """From what `tensors` and `described` gave."""
@@ -56,7 +63,7 @@ class Learnt:
 
     def described(self) -> dict[str, Any]:
         """The rest, to be stored."""
-        return {"reach": self.reach, "drift": self.drift, "given": self.given, "figures": self.figures}
+        return {name: getattr(self, name) for name in self.DESCRIBED}
 
     @property
     def num_points(self) -> int:
@@ -153,15 +160,15 @@ class Problem:
         scores = self.likelihood.score(outputs, some.targets).unsqueeze(-1)  # (n, C, 1)
         return -(weights * derivative * scores).sum(1), weights.sqrt() * self.likelihood.rooted(outputs, derivative)
 
-    def expansion(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient (k,) and curvature (k, k) of the whole."""
+    def information(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient (k,) and curvature (k, k) of the loss of all points, without the prior."""
         gradient, curvature = torch.zeros_like(self.centre), torch.zeros_like(self.precision)
         for part in self.parts:
             gradients, roots = self.expanded(z, part)
             gradient += gradients.sum(0)
             curvature += roots.flatten(0, 1).T @ roots.flatten(0, 1)
         both = self.world.sum(torch.cat([gradient.unsqueeze(0), curvature]))
-        return both[0] + self.precision @ (z - self.centre), both[1:] + self.precision
+        return both[0], both[1:]
 
     def minimum(self, z: Tensor) -> Tensor:
         """From z downhill by Newton's method, with the Fisher information as the curvature."""
@@ -171,8 +178,9 @@ class Problem:
                 "the likelihood of these points is no finite number: leave out those with extreme targets or weights."
             )
         for _ in range(MOST_STEPS):
-            gradient, curvature = self.expansion(z)
-            step = torch.linalg.solve(curvature, gradient)
+            gradient, curvature = self.information(z)
+            gradient = gradient + self.precision @ (z - self.centre)
+            step = torch.linalg.solve(curvature + self.precision, gradient)
             promised = float(gradient @ step)
             if not promised > DONE * max(1.0, abs(loss)):
                 break
@@ -184,12 +192,13 @@ class Problem:
             z, loss = z - size * step, new
         return z
 
-    def left_out(self, z: Tensor) -> Tensor:
+    def left_out(self, z: Tensor, information: Tensor) -> Tensor:
         """What z would be without the sample of each row, (n, k): one step of Newton's method from the minimum.
 
-        For a Gaussian likelihood it is exact (compare Beirami et al. 2017; Rad and Maleki 2020).
+        For a Gaussian likelihood it is exact (compare Beirami et al. 2017; Rad and Maleki 2020). `information` is the
+        curvature at z, (k, k).
         """
-        _, curvature = self.expansion(z)
+        curvature = information + self.precision
         found = [z.new_zeros(0, len(z))]
         for part in self.parts:
             gradients, roots = self.expanded(z, part)
@@ -202,9 +211,9 @@ class Problem:
             found.append((z + step)[samples])
         return torch.cat(found)
 
-    def outputs_left_out(self, z: Tensor) -> Tensor:
+    def outputs_left_out(self, z: Tensor, information: Tensor) -> Tensor:
         """Outputs before the temperature, (n, C), where the sample of each row has been left out."""
-        everywhere = self.left_out(z)
+        everywhere = self.left_out(z, information)
         found = [self.outputs(everywhere[part], part)[1] for part in self.parts]
         return torch.cat([self.points.logits[:0].double(), *found])
 
@@ -273,46 +282,53 @@ def learn(
     tempers = chosen and drifts and count >= ENOUGH and likelihood.has_temperature
     free = tempers and not likelihood.temperature_is_noise
 
+    def precision(reach: float, by: float) -> Tensor:
+        return directions / (reach * variances + by) @ directions.T
+
     def problem(reach: float, by: float) -> Problem:
-        precision = directions / (reach * variances + by) @ directions.T
-        return Problem(inside, likelihood, centre, precision, prior.temperature, free=free, world=world)
+        return Problem(inside, likelihood, centre, precision(reach, by), prior.temperature, free=free, world=world)
 
     tried = [(reach, 0.0) for reach in REACHES] if chosen else [(1.0, drift or 0.0)]
     if chosen and drifts and count >= ENOUGH:
         tried += [(1.0, by) for by in _drifts(problem(1.0, 0.0))]
-    found, z = [], centre
+    fewer, found, z = _fewer(draws, points, world), [], centre
     for reach, by in tried:
         of = problem(reach, by)
         z = of.minimum(of.near(z))
-        unseen = points._replace(logits=of.outputs_left_out(z))
-        whole = problem(1.0, by)
+        _, information = of.information(z)
+        unseen = points._replace(logits=of.outputs_left_out(z, information))
         after = replace(
             prior,
             mean=centre if reach == REACHES[0] else z[:rank],
-            precision=whole.expansion(z)[1][:rank, :rank],  # of w, at this temperature
+            precision=information[:rank, :rank] + precision(1.0, by),  # of w, at this temperature
             temperature=z[rank:].exp().squeeze() if of.free else prior.temperature,
         )
-        losses = losses_of(unseen, after, likelihood, predictive, draws, world) if chosen else None
-        found.append((after, unseen, losses))
-    best = _choice([losses for *_, losses in found], len(REACHES), points, count, world) if chosen else 0
-    (reach, by), (after, unseen, _) = tried[best], found[best]
+        found.append((after, unseen))
+    best = 0
+    if chosen:
+        losses = [_all_predicted(some, posterior, likelihood, predictive, fewer) for posterior, some in found]
+        best = _choice(losses, len(REACHES), points, count, world)
+    (reach, by), (after, unseen) = tried[best], found[best]
     if tempers:
-        after = replace(after, temperature=_temperature(unseen, after, likelihood, predictive, draws, prior, world))
+        after = replace(after, temperature=_temperature(unseen, after, likelihood, predictive, fewer, prior, world))
     return after, reach, by, unseen
 
 
-def losses_of(
-    points: Observations, posterior: Posterior, likelihood: Likelihood, predictive: str, draws: Tensor, world: World
+def _all_predicted(
+    points: Observations, posterior: Posterior, likelihood: Likelihood, predictive: str, draws: Tensor
 ) -> Tensor:
     """−log p of each row times its weight, (n,), by the predictive around the points' outputs."""
-    draws = _fewer(draws, points, world)
-    losses = [draws.new_zeros(0)]
-    for some in _in_parts(points, draws):
-        gaussian = Gaussian(some.logits.double(), posterior.factor(some.features.double()), draws)
-        prediction = likelihood.predict(gaussian, predictive, posterior.temperature)
-        assert some.weights is not None
-        losses.append(some.weights * likelihood.nll(prediction, some.targets))
-    return torch.cat(losses)
+    parts = [_predicted(some, posterior, likelihood, predictive, draws) for some in _in_parts(points, draws)]
+    return torch.cat([draws.new_zeros(0), *parts])
+
+
+def _predicted(
+    points: Observations, posterior: Posterior, likelihood: Likelihood, predictive: str, draws: Tensor
+) -> Tensor:
+    """The same of so few rows that all draws of them are."""
+    gaussian = Gaussian(points.logits.double(), posterior.factor(points.features.double()), draws)
+    losses = likelihood.nll(likelihood.predict(gaussian, predictive, posterior.temperature), points.targets)
+    return losses if points.weights is None else points.weights.double() * losses
 
 
 def _fewer(draws: Tensor, points: Observations, world: World) -> Tensor:
@@ -322,11 +338,9 @@ def _fewer(draws: Tensor, points: Observations, world: World) -> Tensor:
 
 
 def _in_parts(points: Observations, draws: Tensor) -> Iterator[Observations]:
-    """Some rows at a time, with weights in float64."""
-    for part in slices(len(points.logits), chunks(points.logits).tuning // (points.logits.shape[1] * max(draws.shape))):
-        some = points.rows(part)
-        weights = torch.ones_like(some.logits[:, 0]) if some.weights is None else some.weights
-        yield some._replace(weights=weights.double())
+    """Some rows at a time, as many as all draws of them allow."""
+    size = chunks(points.logits).tuning // (points.logits.shape[1] * max(draws.shape))
+    yield from map(points.rows, slices(len(points.logits), size))
 
 
 def _choice(losses: list[Tensor], plain: int, points: Observations, count: int, world: World) -> int:
@@ -352,7 +366,8 @@ def gain(
     world: World,
 ) -> float:
     """How many standard errors better points are predicted around other outputs."""
-    before, after = (losses_of(some, posterior, likelihood, predictive, draws, world) for some in (points, left_out))
+    draws = _fewer(draws, points, world)
+    before, after = (_all_predicted(some, posterior, likelihood, predictive, draws) for some in (points, left_out))
     return _standard_errors(before - after, points, int(world.sum(torch.tensor(num_samples(points)))), world)
 
 
@@ -360,14 +375,12 @@ def figures_of(
     points: Observations, posterior: Posterior, likelihood: Likelihood, predictive: str, draws: Tensor
 ) -> dict[str, float]:
     """What a likelihood's metrics say of a posterior's predictions at some points."""
-    metrics = likelihood.metrics(points.logits.shape[1], sync_on_compute=False)
-    size = chunks(points.logits).tuning // (points.logits.shape[1] * max(draws.shape))
-    for part in slices(len(points.logits), size):
-        some = points.rows(part)
+    summaries = []
+    for some in _in_parts(points, draws):
         gaussian = posterior.outputs(some.logits.to(draws), some.features.to(draws), draws)
         prediction = likelihood.predict(gaussian, predictive, posterior.temperature.to(draws))
-        metrics.update(likelihood.summary(prediction, some.targets).cpu(), some.targets.cpu())
-    return {name: float(value) for name, value in metrics.compute().items()}
+        summaries.append(likelihood.summary(prediction, some.targets))
+    return likelihood.figures(torch.cat(summaries), points.targets, points.logits.shape[1])
 
 
 def _whole_samples(points: Observations, size: int) -> list[slice]:
@@ -402,8 +415,7 @@ def _standard_errors(change: Tensor, points: Observations, count: int, world: Wo
 
 def _drifts(problem: Problem) -> list[float]:
     """Round numbers around the drift that changes the loss of a row by a nat or so."""
-    _, curvature = problem.expansion(problem.centre)
-    information = (curvature - problem.precision).diagonal().sum()
+    information = problem.information(problem.centre)[1].diagonal().sum()
     rows = problem.world.sum(torch.tensor(len(problem.points.logits)))
     if not information > 0:
         return []
@@ -422,7 +434,7 @@ def _temperature(
     world: World,
 ) -> Tensor:
     """With the lowest NLL of the predictive, at points whose outputs are those without their sample."""
-    start, draws = posterior.temperature, _fewer(draws, points, world)
+    start = posterior.temperature
 
     def loss_and_gradient(step: Tensor) -> tuple[Tensor, Tensor]:
         step = step.detach().requires_grad_()
@@ -430,7 +442,7 @@ def _temperature(
         with torch.enable_grad():
             for some in _in_parts(points, draws):
                 at = replace(posterior, temperature=start * step.exp().squeeze())
-                total = losses_of(some, at, likelihood, predictive, draws, World()).sum()
+                total = _predicted(some, at, likelihood, predictive, draws).sum()
                 found += torch.cat([total.detach().view(1), *torch.autograd.grad(total, step)])
         away = step.detach() + (start / prior.temperature).log()
         loss, gradient = world.sum(found)

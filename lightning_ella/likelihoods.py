@@ -131,6 +131,12 @@ class Likelihood(ABC):
         """Figures of a predictive, updated with `(summary(prediction, targets), targets)`; options are of a Metric."""
         return regression_metrics(**options)
 
+    def figures(self, summary: Tensor, targets: Tensor, num_outputs: int) -> dict[str, float]:
+        """What `metrics` say of some points, by name; on the CPU, where it is repeatable."""
+        metrics = self.metrics(num_outputs, sync_on_compute=False)
+        metrics.update(summary.cpu(), targets.cpu())
+        return {name: float(value) for name, value in metrics.compute().items()}
+
     # What a likelihood knows only from data, such as the variance of noise
 
     @property

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self, SupportsFloat
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
@@ -37,8 +35,6 @@ from .predictions import ClassPrediction, Gaussian, shaped
 from .residual import with_probes
 from .settings import Settings
 from .top import Selection
-
-log = logging.getLogger(__name__)
 
 FORMAT = "lightning-ella 5"
 MAX_HELD = 100_000  # points of a stream that are learnt from at once
@@ -242,15 +238,15 @@ class ELLAPredictor(nn.Module):
         """
         if drift is not None and not (isinstance(drift, SupportsFloat) and 0 <= float(drift) < float("inf")):
             raise ValueError(f"drift={drift!r} must be a number of at least 0, or None to choose it.")
-        drift, world = None if drift is None else float(drift), World()
+        drift = None if drift is None else float(drift)
         with self._lock:
             before = self.learnt
-            if before is not None and drift != (before.drift if before.given else None):
+            if before is not None and drift != before.given_drift:
                 raise ValueError(
-                    f"the points learnt before have drift={before.drift if before.given else None}, and all points "
-                    "have the same: pass that, or forget them first."
+                    f"the points learnt before have drift={before.given_drift}, and all points have the same: pass "
+                    "that, or forget them first."
                 )
-            world = World(dist.group.WORLD, self.device) if distributed else world
+            world = World.of_all(self.device) if distributed else World()
             new = self._observed(loader, unpack, world)
             with world.quiet():
                 self._learn(new if before is None else joined([before.points, new]), drift)
@@ -270,7 +266,7 @@ class ELLAPredictor(nn.Module):
         with self._lock:
             if self.learnt is None and not self._taught:
                 return self._forget_training(loader, unpack)
-            world = World(dist.group.WORLD, self.device) if distributed else World()
+            world = World.of_all(self.device) if distributed else World()
             some = self._observed(loader, unpack, world)
             kept = None if self.learnt is None else matched(some, self.learnt.points)
             if self.learnt is None or kept is None:
@@ -280,7 +276,7 @@ class ELLAPredictor(nn.Module):
                 )
             if len(kept.logits):
                 with world.quiet():
-                    self._learn(kept, self.learnt.drift if self.learnt.given else None)
+                    self._learn(kept, self.learnt.given_drift)
             else:
                 self.learnt = None
         return self
@@ -368,6 +364,7 @@ class ELLAPredictor(nn.Module):
                 other weights.
         """
         described: dict[str, Any] = {}
+        learnt: dict[str, Any] = {}
 
         def accept(metadata: dict[str, str], shapes: artefact.Shapes) -> None:
             try:
@@ -376,12 +373,14 @@ class ELLAPredictor(nn.Module):
                 counted = [str(name) for name in json.loads(metadata.get("counted", "[]"))]
                 batched = bool(json.loads(metadata.get("batched", "false")))
                 settings = asdict(Settings(**json.loads(metadata["settings"])))
-                learnt = dict(json.loads(metadata.get("learnt", "{}")))
+                if any(name.startswith(_LEARNT) for name in shapes):
+                    stored = json.loads(metadata["learnt"])
+                    learnt.update({name: stored[name] for name in Learnt.DESCRIBED})
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
             _compare(theirs, model, counted, f"the posterior in {path}", origin)
             _check_shapes(shapes, model, settings, path)
-            described.update(settings=settings, origin=origin, counted=counted, batched=batched, learnt=learnt)
+            described.update(settings=settings, origin=origin, counted=counted, batched=batched)
 
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         tensors, _ = artefact.read(path, FORMAT, device, accept)
@@ -390,12 +389,9 @@ class ELLAPredictor(nn.Module):
         parts = {name: tensors.pop(name) for name in _PARTS}
         if min(parts[name] for name in SCALES) <= 0:
             raise ValueError(f"{path} has a variance that is not positive: fit again.")
-        learnt, afterwards = (
-            described.pop("learnt"),
-            {n: tensors.pop(n) for n in list(tensors) if n.startswith(_LEARNT)},
-        )
+        afterwards = {n.removeprefix(_LEARNT): tensors.pop(n) for n in list(tensors) if n.startswith(_LEARNT)}
         if afterwards:
-            described["learnt"] = Learnt.of({n.removeprefix(_LEARNT): t for n, t in afterwards.items()}, **learnt)
+            described["learnt"] = Learnt.of(afterwards, **learnt)
         basis = {name.removeprefix("basis."): tangents for name, tangents in tensors.items()}
         return cls(model, basis=basis, forward=forward, **described, **parts)  # type: ignore[arg-type]
 
@@ -480,9 +476,8 @@ class ELLAPredictor(nn.Module):
             now = figures_of(unseen, replace(after, mean=None), self.likelihood, **how)
         assert after.mean is not None
         assert after.precision is not None
-        figures = {
-            f"{name}/{figure}": v for name, found in (("before", before), ("after", now)) for figure, v in found.items()
-        }
+        figures = {f"before/{name}": value for name, value in before.items()}
+        figures |= {f"after/{name}": value for name, value in now.items()}
         learnt = Learnt(after.mean, after.precision, after.temperature, reach, by, points, drift is not None, figures)
         self.learnt, self._taught = learnt.to(lambda tensor: tensor.to(self.curvature)), True
         learnt.tell()
@@ -692,26 +687,26 @@ def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[s
     expected |= dict.fromkeys(SCALES, ()) | {"mean": (rank,)}
     expected |= {f"basis.{name}": (rank, *parameter.shape) for name, parameter in model.named_parameters()}
     probes = settings["residual"] if isinstance(settings["residual"], int) else MAX_DRAWN
-    shapes = _without_learnt(shapes, rank, rank + probes)
     types = {name: ("F32", "F64") if name in _PARTS else ("F32", "F64", "BF16") for name in expected}
+    learnt = _learnt_shapes(shapes, rank, rank + probes)
+    expected |= learnt
+    types |= {name: (shapes[name][0],) for name in learnt if name in shapes}  # that of the points
     wrong = [n for n, (kind, shape) in shapes.items() if expected.get(n) != shape or kind not in types[n]]
-    complete = shapes.keys() > set(_PARTS) and rank > 0 and settings["num_samples"] * (rank + probes) <= MAX_DRAWN
-    if wrong or not complete:
+    complete = shapes.keys() > {*_PARTS, *learnt} and rank > 0
+    if wrong or not complete or settings["num_samples"] * (rank + probes) > MAX_DRAWN:
         raise ValueError(f"the tensors in {path} are not those of a posterior of this network ({wrong}): fit again.")
 
 
-def _without_learnt(shapes: artefact.Shapes, rank: int, columns: int) -> artefact.Shapes:
-    """The shapes of a posterior's tensors but for those of what it has learnt, if these belong together."""
-    learnt = {name.removeprefix(_LEARNT): shape for name, (_, shape) in shapes.items() if name.startswith(_LEARNT)}
-    rest = {name: shape for name, shape in shapes.items() if not name.startswith(_LEARNT)}
-    if not learnt:
-        return rest
-    count, outputs = learnt.get("logits", (0, 0))
-    expected = {"mean": (rank,), "precision": (rank, rank), "temperature": (), "weights": (count,), "samples": (count,)}
-    features = learnt.get("features", ())
-    whole = features == (count, outputs, columns) and learnt.get("targets", ())[:1] == (count,) and count > 0
-    known = all(learnt.get(name) == shape for name, shape in expected.items())
-    return rest if whole and known and len(learnt) == len(expected) + 3 else shapes
+def _learnt_shapes(shapes: artefact.Shapes, rank: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of what was learnt, if there are any: n rows of C outputs, of which the targets have any shape."""
+    if not any(name.startswith(_LEARNT) for name in shapes):
+        return {}
+    rows = shapes.get(f"{_LEARNT}logits", ("", (0, 0)))[1]
+    targets = shapes.get(f"{_LEARNT}targets", ("", ()))[1]
+    expected = {"mean": (rank,), "precision": (rank, rank), "temperature": (), "logits": rows}
+    expected |= {"features": (*rows, columns), "targets": (*rows[:1], *targets[1:])}
+    expected |= dict.fromkeys(("weights", "samples"), rows[:1])
+    return {_LEARNT + name: shape for name, shape in expected.items()}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -249,38 +249,29 @@ def usual_temperature(task: Task) -> Adapted:
     return Adapted((task.domain.seen[1].logits / task.domain.usual).softmax(1), 0.0)
 
 
-def temperature_scaling(task: Task) -> Adapted:
-    """One temperature for all logits (Guo et al. 2017)."""
-    return scaled(*task.domain.seen, task)
+def behind(fit: Callable[[Seen, Seen, Task], Adapted], statistics: bool = False) -> Method:
+    """What is fitted on what the network makes of images: as it is, or with new statistics of its BatchNorms."""
+
+    def method(task: Task) -> Adapted:
+        if not statistics:
+            return fit(*task.domain.seen, task)
+        _, seconds = task.domain.adapted
+        found = fit(*task.domain.seen_adapted, task)
+        return replace(found, seconds=found.seconds + seconds)
+
+    return method
 
 
-def batch_norm_statistics(task: Task) -> Adapted:
-    """Running statistics of the domain (Li et al. 2017; Schneider et al. 2020), and one temperature."""
-    _, seconds = task.domain.adapted
-    return scaled(*task.domain.seen_adapted, task, seconds)
-
-
-def scaled(labelled: Seen, test: Seen, task: Task, seconds: float = 0.0) -> Adapted:
-    """One temperature, from the labels."""
+def scaled(labelled: Seen, test: Seen, task: Task) -> Adapted:
+    """One temperature for all logits (Guo et al. 2017), from the labels."""
     started, known = time.perf_counter(), labelled.first(task.count)
     _, temperature, _ = best(known.logits.unsqueeze(0), task.targets, task.domain.usual)
-    seconds += known.seconds + time.perf_counter() - started
+    seconds = known.seconds + time.perf_counter() - started
     return Adapted((test.logits / temperature).softmax(1), seconds, chosen={"temperature": temperature})
 
 
-def last_layer_again(task: Task) -> Adapted:
+def regressed(labelled: Seen, test: Seen, task: Task) -> Adapted:
     """Logistic regression on what the last layer takes, drawn towards that layer by a penalty."""
-    return last_layer_from(*task.domain.seen, task)
-
-
-def statistics_and_last_layer(task: Task) -> Adapted:
-    """The same behind BatchNorms with new statistics."""
-    _, seconds = task.domain.adapted
-    return last_layer_from(*task.domain.seen_adapted, task, seconds)
-
-
-def last_layer_from(labelled: Seen, test: Seen, task: Task, seconds: float = 0.0) -> Adapted:
-    """The last layer from the labels, behind layers that stay."""
     started, last = time.perf_counter(), last_layer(task.domain.model)
     known = labelled.first(task.count)
     if last is None or known.activations is None or test.activations is None:
@@ -295,7 +286,7 @@ def last_layer_from(labelled: Seen, test: Seen, task: Task, seconds: float = 0.0
             unseen[k, held] = affine(activations[held], *layer)
     index, temperature, validated = best(unseen, targets, 1.0)
     layer = refitted(own, activations, targets, PENALTIES[index])
-    seconds += known.seconds + time.perf_counter() - started
+    seconds = known.seconds + time.perf_counter() - started
     chosen = {"penalty": PENALTIES[index], "temperature": temperature}
     return Adapted((affine(test.activations, *layer) / temperature).softmax(1), seconds, validated, chosen)
 
@@ -444,13 +435,14 @@ def probabilities(predictor: ELLAPredictor, images: Tensor) -> Tensor:
 
 
 ALL, FEW = "fine-tuning, all weights", "fine-tuning, BatchNorms and last layer"
+temperature_scaling, last_layer_again = behind(scaled), behind(regressed)
 METHODS: dict[str, Method] = {
     "MAP": as_it_is,
     f"{SCALING}, no labels": usual_temperature,
     SCALING: temperature_scaling,
     "last layer fitted again": last_layer_again,
-    STATISTICS: batch_norm_statistics,
-    f"{STATISTICS} and last layer": statistics_and_last_layer,
+    STATISTICS: behind(scaled, statistics=True),  # Li et al. 2017; Schneider et al. 2020
+    f"{STATISTICS} and last layer": behind(regressed, statistics=True),
     ALL: fine_tuning(all_weights),
     FEW: fine_tuning(norms_and_last_layer),
     "fine-tuning, better by CV": better(ALL, FEW),

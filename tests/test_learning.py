@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.utils.data import DataLoader
 
-from lightning_ella import LIKELIHOODS, ELLAPredictor, fit_ella
+from lightning_ella import LIKELIHOODS, ELLAPredictor, artefact, fit_ella
 from lightning_ella.distributed import World
 from lightning_ella.learning import Problem
 from lightning_ella.likelihoods import Classification, Regression
 from lightning_ella.observations import Observations
 from lightning_ella.posterior import Posterior
+from lightning_ella.predictor import FORMAT
 
 OPTIONS = {"num_landmarks": 40, "rank": 4, "num_samples": 64}
 
@@ -160,7 +161,7 @@ def test_a_sample_left_out_is_a_fit_without_it(positions: int, features: int, mo
         return of, of.minimum(of.centre)
 
     of, z = solved(points)
-    found = of.left_out(z)
+    found = of.left_out(z, of.information(z)[1])
     for sample in range(12):
         expected = solved(points.rows(samples != sample))[1]
         torch.testing.assert_close(found[samples == sample], expected.expand(positions, 3), rtol=1e-9, atol=1e-11)
@@ -358,3 +359,16 @@ def test_points_are_known_again_in_another_type():
     predictor, x, y = fitted("regression")
     predictor.update(loader(x, y)).float()
     assert predictor.forget(loader(x.float(), y.float(), 7)).learnt is None
+
+
+def test_a_file_whose_learnt_part_is_not_whole_is_refused(tmp_path: Path):
+    predictor, x, y = fitted()
+    path = predictor.update(loader(x, y)).save(tmp_path / "ella.safetensors")
+    tensors, metadata = artefact.read(path, FORMAT)
+    without = {name: value for name, value in metadata.items() if name != "learnt"}
+    fewer = {name: value for name, value in tensors.items() if name != "learnt.weights"}
+    other = tensors | {"learnt.features": tensors["learnt.features"][..., 1:].clone()}
+    for parts, described in ((tensors, without), (fewer, metadata), (other, metadata)):
+        artefact.write(path, parts, described)
+        with pytest.raises(ValueError, match=r"cannot be read as a posterior|are not those of a posterior"):
+            ELLAPredictor.load(path, predictor.model)
