@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ella import LIKELIHOODS, ELLAPredictor, artefact, fit_ella
 from lightning_ella.distributed import World
-from lightning_ella.learning import Problem
+from lightning_ella.learning import Problem, _choice
 from lightning_ella.likelihoods import Classification, Regression
 from lightning_ella.observations import Observations
 from lightning_ella.posterior import Posterior
@@ -372,3 +372,21 @@ def test_a_file_whose_learnt_part_is_not_whole_is_refused(tmp_path: Path):
         artefact.write(path, parts, described)
         with pytest.raises(ValueError, match=r"cannot be read as a posterior|are not those of a posterior"):
             ELLAPredictor.load(path, predictor.model)
+
+
+def test_a_mean_that_moves_less_than_by_bayes_rule_keeps_the_covariance_of_bayes_rule():
+    predictor, x, _ = fitted("regression")
+    f, features = dense_features(predictor, x)
+    prior, rows = torch.linalg.inv(predictor.posterior.covariance()), features.flatten(0, 1)
+    own = predictor.likelihood.sample(f, torch.Generator().manual_seed(4))
+    assert predictor.update(loader(x, own)).learnt.reach < 1
+    torch.testing.assert_close(torch.linalg.inv(predictor.posterior.covariance()), prior + rows.T @ rows / 0.3)
+
+
+@pytest.mark.parametrize(("errors", "best"), [(0.0, 0), (1.0, 0), (2.0, 2)])
+def test_a_drift_must_predict_better_by_more_than_a_standard_error(errors: float, best: int):
+    gains = torch.randn(100, generator=torch.Generator().manual_seed(0)).double()
+    gains = (gains - gains.mean()) / gains.std(correction=0) + errors / 10  # the mean of 100, in standard errors
+    plain = torch.rand(100, generator=torch.Generator().manual_seed(1)).double()
+    points = Observations(plain.unsqueeze(1), plain.view(-1, 1, 1), plain)
+    assert _choice([plain, plain, plain - gains], 2, points, 100, World()) == best
