@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from . import artefact
 from .batches import Inputs, Picked, Unpack, as_tree, call, inputs_and_targets, plain
 from .copies import Cast
 from .curvature import curvature
-from .data import Points, points_of
+from .data import Points, points_of, seeded
 from .distributed import World
 from .engine import Linearization
 from .evidence import Evidence, measure
@@ -290,7 +291,7 @@ class ELLAPredictor(nn.Module):
         """
         with self._lock:
             both = self._curvature_of(loader, unpack, probes=True)
-            with as_function():
+            with self._reading():
                 return measure(self._here(), self._all(loader, unpack), self.likelihood, both, self.rank)
 
     @property
@@ -436,7 +437,7 @@ class ELLAPredictor(nn.Module):
                     "map-style dataset."
                 )
         world.check_same(points.digest() if world.size > 1 else "", "points: pass a loader without a sampler for each")
-        with self._lock, as_function(), world.together("the points to learn from"):
+        with self._reading(), world.together("the points to learn from"):
             linearization = self._here()
             budget, temperature = linearization.memory_budget, 1.0 if top is None else float(self.temperature)
             batches = points.batches(world.share(points.numbers), self.device)
@@ -499,13 +500,19 @@ class ELLAPredictor(nn.Module):
         seeds = torch.arange(
             len(points.numbers)
         )  # what is drawn for a point of a loader can be taken out by the same loader
-        with self._lock, as_function():
+        with self._reading():
             linearization = self._here()
             tangents = self._tangents if probes else self.basis
             batches = tqdm(points.batches(points.numbers, self.device), desc="ELLA curvature", unit="batch")
             return curvature(
                 *(linearization, batches, tangents, self.likelihood, len(points)), how=how, seeds=seeds, top=top
             )
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Go through data, alone, with random numbers that are nobody else's."""
+        with self._lock, seeded(self.settings["seed"]), as_function():
+            yield
 
     @staticmethod
     def _all(loader: Any, unpack: Unpack) -> Points:

@@ -1,6 +1,7 @@
 """Learning from labelled points after the fit, against dense Bayesian regression and dense optima."""
 
 import logging
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from test_other_likelihoods import problem
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_ella import LIKELIHOODS, ELLAPredictor, artefact, fit_ella
 from lightning_ella.distributed import World
@@ -390,3 +391,33 @@ def test_a_drift_must_predict_better_by_more_than_a_standard_error(errors: float
     plain = torch.rand(100, generator=torch.Generator().manual_seed(1)).double()
     points = Observations(plain.unsqueeze(1), plain.view(-1, 1, 1), plain)
     assert _choice([plain, plain, plain - gains], 2, points, 100, World()) == best
+
+
+class Augmented(Dataset):
+    """Inputs with noise, as transforms draw it."""
+
+    def __init__(self, x: Tensor, y: Tensor):
+        self.x, self.y = x, y
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        return self.x[number] + 0.1 * torch.randn(3).double(), self.y[number]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@pytest.mark.parametrize("what", ["update", "forget", "evidence"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_random_numbers_gradients_and_modes_of_the_user_are_untouched(what: str, fails: bool):
+    predictor, x, y = fitted()
+    if what == "forget":
+        predictor.update(DataLoader(Augmented(x, y), 16))
+    y = y + 5 if fails else y
+    predictor.model.train()
+    state, weights = torch.get_rng_state(), deepcopy(predictor.model.state_dict())
+    with pytest.raises(ValueError, match="labels must lie in") if fails else nullcontext():
+        getattr(predictor, what)(DataLoader(Augmented(x, y), 16, shuffle=what == "update"))
+    assert state.equal(torch.get_rng_state())
+    assert predictor.model.training
+    assert all(parameter.grad is None for parameter in predictor.model.parameters())
+    torch.testing.assert_close(predictor.model.state_dict(), weights, rtol=0, atol=0)
