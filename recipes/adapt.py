@@ -619,7 +619,7 @@ def by_labels(found: Found) -> Figure:
         axes.minorticks_off()
         axes.set(title=title(name), xlabel="labels")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("NLL on test images: low is right")
+    panels[0].set_ylabel("NLL on test images: lower is better")
     drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return drawn
 
