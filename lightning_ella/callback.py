@@ -25,10 +25,11 @@ from . import trainers
 from .data import Unpack, inputs_and_targets, points_of
 from .distributed import World
 from .fit import Fit, check, run
+from .head import fingerprint
 from .linearize import Parameters, call
 from .outcomes import Outcome, Record, Refusal, Shared, records
 from .pickling import LeftOut, portable
-from .predictor import ELLAPredictor, fingerprint
+from .predictor import ELLAPredictor
 from .settings import Settings
 from .stages import Stages
 from .untouched import AS_BEFORE, Remembered, digest, remembered

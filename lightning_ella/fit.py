@@ -23,17 +23,18 @@ from .curvature import curvature
 from .data import KEEP, LONGEST, Beginning, Points, beginning, draw, points_of, seeded
 from .distributed import World
 from .engine import Linearization
+from .head import fingerprint
 from .landmarks import LANDMARKS, Landmarks
 from .learning import gain, learn
 from .likelihoods import LIKELIHOODS, Likelihood
 from .linearize import Basis, Forward, Parameters, as_function, chosen_names
 from .look import POINTS, look
 from .memory import free_memory, give_back
-from .numerics import exact
+from .numerics import exact, standard_normal
 from .observations import Observations, checked, joined, observations, weights_of
 from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
 from .predictions import Gaussian
-from .predictor import ELLAPredictor, fingerprint, linearize, standard_normal
+from .predictor import ELLAPredictor, linearize
 from .residual import num_probes, with_probes
 from .samplers import len_of
 from .settings import Settings

@@ -7,6 +7,7 @@ one row for each sample, or for each position (token, pixel) of a sample. Target
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from math import log, pi
 from typing import Any, Self
 
@@ -591,7 +592,7 @@ class Heteroscedastic(Likelihood):
     def tempered(self, logits: Gaussian, temperature: Tensor) -> Gaussian:
         """Variances of the noise times the temperature."""
         mean, log_variance = logits.mean.chunk(2, -1)
-        return Gaussian(torch.cat([mean, log_variance + temperature.log()], -1), logits.factor, logits.draws)
+        return replace(logits, mean=torch.cat([mean, log_variance + temperature.log()], -1))
 
 
 def _way_to_indices(targets: Tensor, outputs: Tensor) -> str:

@@ -83,3 +83,8 @@ plain_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))  # fused kernels 
 repeatable = Shared(lambda: _set(benchmark=False, deterministic=True))  # no kernel is chosen by a clock
 exact = Shared(_ieee)  # TF32 has three digits: too few to compare gradients by, or for a Gram matrix
 native_recurrence = Shared(lambda: _set(enabled=False))  # cuDNN's has no backward pass in eval mode
+
+
+def standard_normal(num_samples: int, rank: int, seed: int) -> Tensor:
+    """(S, K) draws, the same on every device."""
+    return torch.randn(num_samples, rank, generator=torch.Generator().manual_seed(seed))

@@ -4,7 +4,7 @@ Outputs are (*, C): B samples, or B samples of several positions (tokens, pixels
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log, pi
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,11 @@ class Gaussian:
         return self.factor.square().sum(-1)
 
     @property
+    def centred_variance(self) -> Tensor:
+        """(*, C), of the outputs minus their mean over C."""
+        return (self.factor - self.factor.mean(-2, keepdim=True)).square().sum(-1)
+
+    @property
     def joint(self) -> "LowRank":
         """The covariance of all outputs of all positions and samples, (n, n), in the order of `mean.flatten()`."""
         return LowRank(self.factor.flatten(0, -2))
@@ -55,7 +60,7 @@ class Gaussian:
         return Gaussian(self.mean - other.mean, self.factor - other.factor, self.draws)
 
     def __truediv__(self, by: Tensor) -> "Gaussian":
-        return Gaussian(self.mean / by, self.factor / by, self.draws)
+        return replace(self, mean=self.mean / by, factor=self.factor / by)
 
     def expectation(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Monte Carlo mean (*, …) of `function`, which maps outputs (s, *, C) to (s, *, …)."""
@@ -65,13 +70,16 @@ class Gaussian:
     def in_parts(self) -> Iterator[Tensor]:
         """Outputs (s, *, C) of some of the draws at a time."""
         size = max(1, chunks(self.mean).outputs // max(1, self.mean.numel()))
-        yield from (Gaussian(self.mean, self.factor, z).samples() for z in self.draws.split(size))
+        yield from (replace(self, draws=z).samples() for z in self.draws.split(size))
 
     def rows(self) -> Iterator["Gaussian"]:
         """Some samples of the batch at a time, so many that all their draws are few enough."""
-        size = max(1, chunks(self.mean).outputs // max(1, len(self.draws) * self.mean[:1].numel()))
+        size = self._rows_at_a_time()
         parts = zip(self.mean.split(size), self.factor.split(size), strict=True)
-        yield from (Gaussian(mean, factor, self.draws) for mean, factor in parts)
+        yield from (replace(self, mean=mean, factor=factor) for mean, factor in parts)
+
+    def _rows_at_a_time(self) -> int:
+        return max(1, chunks(self.mean).outputs // max(1, len(self.draws) * self.mean[:1].numel()))
 
     def samples(self) -> Tensor:
         """Outputs (S, *, C), one for each draw."""
@@ -88,6 +96,66 @@ class Gaussian:
             for z in self.draws.split(size)
         ]
         return torch.cat(parts).view(len(self.draws), *labels.shape)  # type: ignore[arg-type]
+
+
+@dataclass
+class Spread(Gaussian):
+    """Outputs with covariance F Fᵀ + diag(σ²): what they share, and a deviation σ that each has of its own.
+
+    The draws (S, K + C) are those of the K shared coordinates, and of the outputs' own deviations.
+    """
+
+    own: Tensor = field(kw_only=True)  # σ, (*, C)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(*, C, C), of the outputs of one position."""
+        return super().covariance + torch.diag_embed(self.own.square())
+
+    @property
+    def variance(self) -> Tensor:
+        """(*, C), the diagonal of the covariance."""
+        return super().variance + self.own.square()
+
+    @property
+    def centred_variance(self) -> Tensor:
+        """(*, C), of the outputs minus their mean over C."""
+        squares, count = self.own.square(), self.own.shape[-1]
+        return super().centred_variance + (1 - 2 / count) * squares + squares.sum(-1, keepdim=True) / count**2
+
+    @property
+    def joint(self) -> "LowRank":
+        """Not known of a student.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a student knows each input by itself: ask the exact predictor what several have in common.")
+
+    def __sub__(self, other: "Gaussian") -> "Gaussian":
+        raise ValueError("a student knows each input by itself: ask the exact predictor for a difference of outputs.")
+
+    def __truediv__(self, by: Tensor) -> "Spread":
+        return replace(self, mean=self.mean / by, factor=self.factor / by, own=self.own / by)
+
+    def rows(self) -> Iterator["Spread"]:
+        """Some samples of the batch at a time, so many that all their draws are few enough."""
+        parts = zip(super().rows(), self.own.split(self._rows_at_a_time()), strict=True)
+        yield from (replace(part, own=own) for part, own in parts)
+
+    def samples(self) -> Tensor:
+        """Outputs (S, *, C), one for each draw."""
+        rank = self.factor.shape[-1]
+        shared = Gaussian(self.mean, self.factor, self.draws[:, :rank]).samples()
+        apart = self.draws[:, rank:].view(-1, *[1] * (self.own.ndim - 1), self.own.shape[-1])
+        return shared + self.own * apart
+
+    def label_log_probs(self, labels: Tensor, temperature: Tensor) -> Tensor:
+        """Log softmax at the label, (S, *), of each draw's outputs divided by the temperature."""
+        where = labels.unsqueeze(-1)
+        parts = (self / temperature).in_parts()
+        logs = (f.log_softmax(-1).gather(-1, where.expand(len(f), *where.shape)) for f in parts)
+        return torch.cat(list(logs)).squeeze(-1)
 
 
 class _LabelLogProbs(torch.autograd.Function):
@@ -470,8 +538,7 @@ def laplace_bridge(logits: Gaussian) -> Tensor:
     only where the logits' variance is of order one; where it vanishes the bridge is not the softmax.
     """
     mean, num_classes = logits.mean - logits.mean.mean(-1, keepdim=True), logits.mean.shape[-1]
-    variance = (logits.factor - logits.factor.mean(-2, keepdim=True)).square().sum(-1)
-    variance = variance.clamp_min(torch.finfo(variance.dtype).eps)
+    variance = logits.centred_variance.clamp_min(torch.finfo(mean.dtype).eps)
     evidence = mean + (-mean).logsumexp(-1, keepdim=True) - 2 * log(num_classes)
     constant = torch.full_like(evidence, 1 - 2 / num_classes).log()
     return (torch.logaddexp(constant, evidence) - variance.log()).softmax(-1)

@@ -1,13 +1,11 @@
 """The head: from inputs to a predictive distribution, with save and load."""
 
-import copy
-import hashlib
 import json
 import os
-import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, SupportsFloat
@@ -19,22 +17,27 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from . import artefact
+from .activations import Layers
 from .batches import Inputs, Picked, Unpack, as_tree, call, inputs_and_targets, plain
 from .copies import Cast
 from .curvature import curvature
 from .data import Points, points_of, seeded
+from .distil import MOST_TUNED, distil
 from .distributed import World
 from .engine import Linearization
 from .evidence import Evidence, measure
+from .fast import FastPredictor
+from .head import Head, compare
 from .learning import Learnt, figures_of, learn
 from .likelihoods import LIKELIHOODS
-from .linearize import Basis, Forward, as_function, version
+from .linearize import Basis, Forward, as_function
+from .numerics import standard_normal
 from .observations import Observations, joined, matched, observations
-from .pickling import portable
+from .perturb import Perturb
 from .posterior import SCALES, Posterior
 from .predictions import ClassPrediction, Gaussian, shaped
-from .residual import with_probes
-from .settings import Settings
+from .residual import novelty, with_probes
+from .settings import Settings, at_least_one
 from .top import Selection
 
 FORMAT = "lightning-ella 5"
@@ -42,7 +45,7 @@ MAX_HELD = 100_000  # points of a stream that are learnt from at once
 MAX_DRAWN = 2**28  # numbers S (K + m): a file may not ask for more
 
 
-class ELLAPredictor(nn.Module):
+class ELLAPredictor(Head):
     """A trained network that knows how sure it is.
 
     Calling it with a batch of inputs gives a prediction with `probs`, `entropy`, `mutual_information`, `novelty`,
@@ -72,8 +75,7 @@ class ELLAPredictor(nn.Module):
     view of its own, and one thread is answered after the other.
     """
 
-    is_head_of_a_network = True  # a view of the network leaves it out
-    model: nn.Module
+    made_again = (*Head.made_again, "_linearization", "_view", "_students")
     draws: Tensor
 
     def __init__(
@@ -96,9 +98,7 @@ class ELLAPredictor(nn.Module):
         mean: Tensor | None = None,
         learnt: Learnt | None = None,
     ):
-        super().__init__()
-        # Not registered: the head may then be a submodule of the network, as in `module.ella = ELLAPredictor.load(…)`.
-        object.__setattr__(self, "model", model)
+        super().__init__(model, forward, origin, counted)
         self.eigenvalues, self.curvature = eigenvalues, curvature
         self.prior_variance, self.covariance_scale = prior_variance, covariance_scale
         self.residual_scale, self.temperature = residual_scale, temperature
@@ -107,35 +107,20 @@ class ELLAPredictor(nn.Module):
         self._tangents = dict(basis)
         if len(next(iter(basis.values()))) == self.rank:
             with_probes(self._tangents, settings["residual"], settings["seed"])
-        self.forward_function = forward
-        self.settings, self.origin, self.batched = dict(settings), origin, batched
+        self.settings, self.batched = dict(settings), batched
         self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
         draws = standard_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
         self.draws = draws.to(curvature.device)
         self._quiet = quiet
-        self.counted = frozenset(counted) | self._linearization.network.view.counted
-        self.fingerprint = fingerprint(model, self.counted)
-        self._verified: Versions | None = _versions(model, self.counted)
         self._view: tuple[Forward, Linearization] | None = None
-        self._lock = threading.RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a pickle keeps: all but what is made again, and a `forward=` that cannot be pickled."""
-        return self._own() | {"forward_function": portable("forward_function", self.forward_function)}
+        self._students: weakref.WeakSet[FastPredictor] = weakref.WeakSet()
+        if more := self._linearization.network.view.counted - self.counted:
+            self._recognise(self.counted | more)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the parts; a network that has this head on it may not be whole yet, so it is looked at when asked."""
+        """Take the parts; the view is made when it is needed."""
         super().__setstate__(state)
-        self._verified, self._view, self._lock = None, None, threading.RLock()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self)] = made = type(self).__new__(type(self))
-        made.__setstate__(copy.deepcopy(self._own(), memo))
-        return made
-
-    def _own(self) -> dict[str, Any]:
-        made_again = ("_linearization", "_verified", "_view", "_lock")
-        return {name: value for name, value in vars(self).items() if name not in made_again}
+        self._view, self._students = None, weakref.WeakSet()
 
     @cached_property
     def _linearization(self) -> Linearization:
@@ -204,6 +189,55 @@ class ELLAPredictor(nn.Module):
         with self._lock, as_function():
             logits, features, _ = self._look(inputs, forward)
             return self.posterior.outputs(logits, features, self.draws.to(features))
+
+    def distil(
+        self,
+        loader: DataLoader,
+        unpack: Unpack = inputs_and_targets,
+        *,
+        layers: Layers = None,
+        perturb: Perturb | None = None,
+        num_points: int = 750,
+        distributed: bool = False,
+    ) -> FastPredictor:
+        """Teach a student what this predictor says, and return a predictor for the price of one forward pass.
+
+        The student is a small network on what yours computes anyway: pooled activations at a few places, and outputs.
+        It learns from unseen points and from changed copies of them (noise, contrast, mixtures, blur, other order of
+        positions; in texts other tokens), and is tested on a fifth of them, which it is not taught on.
+
+        Args:
+            loader: labelled points that the network has not been trained on, such as those that calibrated it.
+            unpack: maps a batch to `(inputs, targets)` or `(inputs, targets, weights)`.
+            layers: names or patterns of the modules whose outputs the student sees; None finds stem and stages of a
+                convolutional network, blocks of a transformer, layers of a small network.
+            perturb: maps a batch of inputs to a changed copy of it; None knows images, series, vectors and tokens.
+            num_points: of the loader, that the exact engine is asked about, and as many copies.
+            distributed: share the work with all processes of torch.distributed's default group, each of which must call
+                this with the same data; all get the same student.
+
+        Returns:
+            the fast predictor. Its `figures` say how well it follows: correlations of log-variances and of novelty,
+            and the NLL, beside the exact one. It follows this predictor's `update` and `forget`.
+
+        Raises:
+            ValueError: if network or data are not of a kind that a student can learn: several rows of outputs an input,
+                samples that cannot be told apart, fewer than ten points.
+        """
+        at_least_one("num_points", num_points)
+        with self._lock:
+            world = World.of_all(self.device) if distributed else World()
+            with world.together("a look at the loader"):
+                points = points_of(loader, unpack, num_points + MOST_TUNED)
+                if world.size > 1 and not points.shareable:
+                    raise ValueError(
+                        "each of several processes would read other points from such a loader: pass a DataLoader of a "
+                        "map-style dataset."
+                    )
+            with self._reading():
+                fast = distil(self, points, world, layers, perturb, num_points)
+            self._students.add(fast)
+        return fast
 
     def update(
         self,
@@ -279,7 +313,7 @@ class ELLAPredictor(nn.Module):
                 with world.quiet():
                     self._learn(kept, self.learnt.given_drift)
             else:
-                self.learnt = None
+                self._follow_points(None)
         return self
 
     def evidence(self, loader: DataLoader, unpack: Unpack = inputs_and_targets) -> Evidence:
@@ -379,7 +413,7 @@ class ELLAPredictor(nn.Module):
                     learnt.update({name: stored[name] for name in Learnt.DESCRIBED})
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
-            _compare(theirs, model, counted, f"the posterior in {path}", origin)
+            compare(theirs, model, counted, f"the posterior in {path}", origin)
             _check_shapes(shapes, model, settings, path)
             described.update(settings=settings, origin=origin, counted=counted, batched=batched)
 
@@ -480,8 +514,14 @@ class ELLAPredictor(nn.Module):
         figures = {f"before/{name}": value for name, value in before.items()}
         figures |= {f"after/{name}": value for name, value in now.items()}
         learnt = Learnt(after.mean, after.precision, after.temperature, reach, by, points, drift is not None, figures)
-        self.learnt, self._taught = learnt.to(lambda tensor: tensor.to(self.curvature)), True
+        self._follow_points(learnt.to(lambda tensor: tensor.to(self.curvature)))
         learnt.tell()
+
+    def _follow_points(self, learnt: Learnt | None) -> None:
+        """Be what was learnt, and let the students be it, too."""
+        self.learnt, self._taught = learnt, True
+        for student in self._students:
+            student.follow(self.posterior)
 
     def _forget_training(self, loader: DataLoader, unpack: Unpack) -> Self:
         change = self._curvature_of(loader, unpack)  # which moves the posterior to where the network is
@@ -535,12 +575,6 @@ class ELLAPredictor(nn.Module):
             ours = here.network.view.tensors
             self._view = forward, self._linearized(forward, lambda n, value: value.to(ours[n]) if n in ours else value)
         return self._view[1]
-
-    def _check_weights(self) -> None:
-        versions = _versions(self.model, self.counted)
-        if versions != self._verified:  # something wrote to the weights: see whether they changed
-            _compare(self.fingerprint, self.model, self.counted, "this posterior", self.origin)
-            self._verified = versions
 
     def _here(self) -> Linearization:
         """The network, with the weights that the posterior is of, where it is now; and the posterior with it."""
@@ -619,18 +653,6 @@ class SampledFunctions:
         return len(self.draws)
 
 
-def novelty(features: Tensor, rank: int, *, centred: bool = True) -> Tensor:
-    """The share of an input's kernel that lies outside the span of the basis, (B,) in [0, 1].
-
-    tr(Ψ⊥ Ψ⊥ᵀ) / tr(Ψ Ψᵀ + Ψ⊥ Ψ⊥ᵀ), from features (B, *, C, K + m), centred over the C outputs where only their
-    differences count. Near one for inputs that the landmarks tell nothing about: a score for out-of-distribution
-    detection.
-    """
-    features = features - features.mean(-2, keepdim=True) if centred else features
-    squares = features.flatten(1, -2).square().sum(1)  # (B, K + m)
-    return squares[:, rank:].sum(1) / squares.sum(1).clamp_min(torch.finfo(squares.dtype).tiny)
-
-
 def linearize(
     model: nn.Module,
     forward: Forward,
@@ -641,50 +663,6 @@ def linearize(
     """Linearise `model` as `settings` say, over the named parameters or those that require gradients."""
     names = ("engine", "precision", "samples_per_chunk", "tangents_per_chunk", "memory_budget", "channels")
     return Linearization(model, forward, names=parameters, cast=cast, **{name: settings[name] for name in names})
-
-
-def standard_normal(num_samples: int, rank: int, seed: int) -> Tensor:
-    """(S, K) draws, the same on every device."""
-    return torch.randn(num_samples, rank, generator=torch.Generator().manual_seed(seed))
-
-
-def fingerprint(model: nn.Module, without: Collection[str] = (), *, halved: bool = False) -> dict[str, str]:
-    """SHA-256 of the names and shapes of a network's parameters and buffers, and of their values.
-
-    Values of those in `without` do not count. `halved` takes float64 as float32.
-    """
-    network, weights = hashlib.sha256(), hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            network.update(f"{name} {tuple(value.shape)}\n".encode())
-            if name not in without:
-                value = value.float() if halved and value.dtype == torch.float64 else value
-                bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                weights.update(bits.numpy().data)
-    return {"network": network.hexdigest(), "weights": weights.hexdigest()}
-
-
-def _compare(expected: Mapping[str, str], model: nn.Module, without: Collection[str], what: str, origin: str) -> None:
-    """Raise a ValueError unless a network has the weights that are expected, in whatever type holds them exactly."""
-    found = fingerprint(model, without)
-    if expected["network"] != found["network"]:
-        raise ValueError(
-            f"{what} belongs to a network with other layers: pass the network that it was fitted with, "
-            "wrapped in the same module."
-        )
-    if expected["weights"] in (found["weights"], fingerprint(model, without, halved=True)["weights"]):
-        return
-    kinds = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
-    if kinds:
-        raise ValueError(
-            f"{what} was fitted at weights that {', '.join(map(str, kinds))}, the network's type now, does not hold: "
-            "load them again, in float32."
-        )
-    theirs = f"{origin}, {expected['weights'][:8]}" if origin else expected["weights"][:8]
-    raise ValueError(
-        f"{what} was fitted at other weights ({theirs}; the network has {found['weights'][:8]}): "
-        "load the weights that it was fitted with (a cast to a smaller type and back changes them, too), or fit again."
-    )
 
 
 def _check_shapes(shapes: artefact.Shapes, model: nn.Module, settings: Mapping[str, Any], path: Any) -> None:
@@ -714,21 +692,6 @@ def _learnt_shapes(shapes: artefact.Shapes, rank: int, columns: int) -> dict[str
     expected |= {"features": (*rows, columns), "targets": (*rows[:1], *targets[1:])}
     expected |= dict.fromkeys(("weights", "samples"), rows[:1])
     return {_LEARNT + name: shape for name, shape in expected.items()}
-
-
-@dataclass(frozen=True)
-class Versions:
-    """Which tensors a network has, and how often each was written to; they are held, so no other gets their id."""
-
-    tensors: list[Tensor] = field(compare=False)
-    numbers: list[tuple[int, int, int]]
-
-
-def _versions(model: nn.Module, without: Collection[str]) -> Versions:
-    """Changes whenever a weight or buffer is written to or replaced; costs no look at the values."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    tensors = [value for name, value in named if name not in without]
-    return Versions(tensors, [(id(value), value.data_ptr(), version(value)) for value in tensors])
 
 
 def _owned(points: Observations) -> Observations:

@@ -69,3 +69,15 @@ def _halves(tangents: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(K, p) and (m, p), in float32 at least."""
     precise = tangents.reshape(len(tangents), -1).to(torch.promote_types(tangents.dtype, torch.float32))
     return precise[:rank], precise[rank:]
+
+
+def novelty(features: Tensor, rank: int, *, centred: bool = True) -> Tensor:
+    """The share of an input's kernel that lies outside the span of the basis, (B,) in [0, 1].
+
+    tr(Ψ⊥ Ψ⊥ᵀ) / tr(Ψ Ψᵀ + Ψ⊥ Ψ⊥ᵀ), from features (B, *, C, K + m), centred over the C outputs where only their
+    differences count. Near one for inputs that the landmarks tell nothing about: a score for out-of-distribution
+    detection.
+    """
+    features = features - features.mean(-2, keepdim=True) if centred else features
+    squares = features.flatten(1, -2).square().sum(1)  # (B, K + m)
+    return squares[:, rank:].sum(1) / squares.sum(1).clamp_min(torch.finfo(squares.dtype).tiny)

@@ -113,7 +113,7 @@ class Settings:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("basis_precision", self.basis_precision, PRECISIONS)
         for name in ("rank", "num_samples"):
-            _at_least_one(name, getattr(self, name))
+            at_least_one(name, getattr(self, name))
         if self.top_outputs is not None and not LIKELIHOODS[self.likelihood].one_of_many:
             raise ValueError(f"top_outputs= is for likelihood='classification', not for {self.likelihood!r}.")
         for name in (
@@ -126,7 +126,7 @@ class Settings:
             "tangents_per_chunk",
         ):
             if getattr(self, name) is not None:
-                _at_least_one(name, getattr(self, name))
+                at_least_one(name, getattr(self, name))
         if self.num_samples > MAX_DRAWS:
             raise ValueError(f"num_samples={self.num_samples} is more than {MAX_DRAWS}: 512 are usually enough.")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
@@ -158,6 +158,7 @@ def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}.")
 
 
-def _at_least_one(name: str, value: Any) -> None:
+def at_least_one(name: str, value: Any) -> None:
+    """Raise a ValueError unless a number is a whole one of at least 1."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")

@@ -28,9 +28,9 @@ from lightning_ella import ELLAPredictor, fit_ella
 from lightning_ella.engine import Linearization
 from lightning_ella.likelihoods import Classification
 from lightning_ella.linearize import as_function
+from lightning_ella.numerics import standard_normal
 from lightning_ella.observations import Observations
 from lightning_ella.posterior import calibrate
-from lightning_ella.predictor import standard_normal
 from lightning_ella.residual import num_probes
 
 LANDMARKS, CURVATURE, UNSEEN = 2000, 2000, 5000  # of the fit that times are scaled to

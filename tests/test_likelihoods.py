@@ -6,8 +6,8 @@ from conftest import at_a_time
 from torch import Tensor
 
 from lightning_ella.likelihoods import Binary, Classification
+from lightning_ella.numerics import standard_normal
 from lightning_ella.predictions import ClassPrediction, Gaussian, entropy, laplace_bridge, probit
-from lightning_ella.predictor import standard_normal
 
 CLASSES, RANK = 4, 3
 

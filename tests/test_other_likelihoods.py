@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 
 from lightning_ella import LIKELIHOODS, fit_ella
 from lightning_ella.likelihoods import Likelihood, Regression
+from lightning_ella.numerics import standard_normal
 from lightning_ella.observations import Observations
 from lightning_ella.posterior import Posterior, calibrate
 from lightning_ella.predictions import Gaussian
-from lightning_ella.predictor import standard_normal
 
 OUTPUTS = dict.fromkeys(LIKELIHOODS, 3) | {"binary": 1, "heteroscedastic": 4, "ordinal": 3}
 SCALES = {"covariance_scale": 1.0, "residual": "none", "temperature": 1.0}

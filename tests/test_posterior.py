@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_ella.likelihoods import Classification
+from lightning_ella.numerics import standard_normal
 from lightning_ella.observations import Observations
 from lightning_ella.posterior import SCALES, Posterior, calibrate, largest, minimise, prior_by_evidence
 from lightning_ella.predictions import Gaussian
-from lightning_ella.predictor import standard_normal
 
 
 @settings(deadline=None)

@@ -1,0 +1,174 @@
+"""What a network thinks on the way to its outputs: activations at a few places, pooled over positions."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .batches import Inputs, Picked, num_samples, rows
+from .linearize import Network, hooked
+
+ENOUGH = 6  # places: modules are opened until there are as many
+MOST = 12  # places that are looked at; of more, as many at equal distances
+Layers = str | Collection[str] | None
+
+
+class Place(NamedTuple):
+    """A tensor that a module puts out, and which axes of it are what."""
+
+    module: str
+    leaf: int  # which tensor of the output it is
+    batch: int  # the axis of the samples
+    channel: int  # and of the channels; all others are positions
+    width: int  # channels
+
+
+class Recorder:
+    """Evaluates a network once, and keeps what its modules put out at some places.
+
+    Args:
+        network: the network.
+        places: where.
+    """
+
+    def __init__(self, network: Network, places: Sequence[Place]):
+        self.network, self.places = network, list(places)
+        modules = dict(network.view.root.named_modules())
+        self._modules = {name: modules[name] for name in dict.fromkeys(place.module for place in places)}
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Outputs (B, D), and the pooled activations of all places, (B, A)."""
+        with keeping(self._modules) as kept:
+            outputs = self.network.own(inputs)
+        return outputs, self.pooled(kept, inputs)
+
+    def pooled(self, kept: Mapping[str, Any], inputs: Inputs) -> Tensor:
+        """Mean and standard deviation over the positions of each place, one after the other, (B, A)."""
+        mask = mask_of(inputs)
+        return torch.cat([part for place in self.places for part in _pooled(place, kept[place.module], mask)], 1)
+
+
+def pooled_width(places: Iterable[Place]) -> int:
+    """A, the number of pooled activations."""
+    return sum(2 * place.width for place in places)
+
+
+@contextmanager
+def keeping(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
+    """Keep the output of each module, by name; of one that is called several times, the last."""
+    kept: dict[str, Any] = {}
+    names = {module: name for name, module in modules.items()}
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        kept[names[module]] = output
+
+    with hooked(modules.values(), keep):
+        yield kept
+
+
+def find_places(network: Network, inputs: Inputs, layers: Layers = None) -> list[Place]:
+    """Where to look: the outputs of the modules in the network, opened one level after another until they are enough.
+
+    So it is stem and stages of a ResNet, the blocks of a transformer, the layers of a small network.
+
+    Args:
+        network: the network.
+        inputs: two samples or more.
+        layers: names or patterns of modules, if others are wanted.
+
+    Raises:
+        ValueError: if there are no such modules, or if none puts out a tensor with samples.
+    """
+    if isinstance(inputs, Picked) or num_samples(inputs) < 2:
+        raise ValueError("samples cannot be told apart in such inputs, so there is nothing to learn of each of them.")
+    modules = dict(network.view.root.named_modules())
+    wanted = modules if layers is None else _named(modules, layers)
+    seen = _seen(network, wanted, inputs)
+    if layers is None:
+        seen = [place for place in seen if place.module in _opened(network.view.root, {p.module for p in seen})]
+        if len(seen) > MOST:
+            seen = [seen[round(i * (len(seen) - 1) / (MOST - 1))] for i in range(MOST)]
+    if not seen and layers is not None:
+        raise ValueError(f"layers={layers!r} chooses modules that put out no tensor with a row for each sample.")
+    return seen
+
+
+def mask_of(inputs: Inputs) -> Tensor | None:
+    """Which positions count, (B, L): the `attention_mask` of Hugging Face."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _named(modules: Mapping[str, nn.Module], layers: str | Collection[str]) -> dict[str, nn.Module]:
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            some = ", ".join(name for name in list(modules)[1:6])
+            raise ValueError(f"layers={pattern!r} chooses none of the network's modules ({some}, …).")
+    return {name: module for name, module in modules.items() if any(fnmatchcase(name, p) for p in patterns)}
+
+
+def _seen(network: Network, modules: Mapping[str, nn.Module], inputs: Inputs) -> list[Place]:
+    """Every tensor with a row for each sample, in the order in which it is made; one that several put out is one."""
+    count = num_samples(inputs)
+    with keeping(modules) as more:
+        network.own(inputs)
+    with keeping(modules) as fewer:
+        outputs = network.own(rows(inputs, slice(0, count - 1)))
+    known = {outputs.data_ptr()}
+    found = []
+    for name, output in more.items():
+        for leaf, (one, other) in enumerate(zip(tree_leaves(output), tree_leaves(fewer.get(name)), strict=False)):
+            if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.is_floating_point()):
+                continue
+            axes = [axis for axis, pair in enumerate(zip(one.shape, other.shape, strict=False)) if pair[0] != pair[1]]
+            same = one.ndim == other.ndim and len(axes) == 1 and one.shape[axes[0]] == count
+            if not same or one.ndim < 2 or not one.numel() or other.data_ptr() in known:
+                continue
+            known.add(other.data_ptr())
+            channel = _channel_axis(modules[name], one, axes[0])
+            found.append(Place(name, leaf, axes[0], channel, one.shape[channel]))
+    return found
+
+
+def _channel_axis(module: nn.Module, output: Tensor, batch: int) -> int:
+    """The axis that is as long as the module's last bias; or the first of four and more axes, the last of fewer."""
+    vectors = [len(parameter) for parameter in module.parameters() if parameter.ndim == 1]
+    others = [axis for axis in range(output.ndim) if axis != batch]
+    usual = others[0] if output.ndim > 3 else others[-1]
+    if vectors and output.shape[usual] != vectors[-1]:
+        return next((axis for axis in others if output.shape[axis] == vectors[-1]), usual)
+    return usual
+
+
+def _opened(root: nn.Module, usable: Collection[str]) -> set[str]:
+    """Names of modules, none within another, that together put out enough tensors; a level deeper until they do."""
+    level = {"": root}
+    while True:
+        deeper: dict[str, nn.Module] = {}
+        for name, module in level.items():
+            children = {f"{name}.{child}".lstrip("."): part for child, part in module.named_children()}
+            inside = [each for each in usable if each != name and each.startswith(f"{name}." if name else "")]
+            deeper |= children if children and inside else {name: module}
+        if deeper.keys() == level.keys() or len(usable & level.keys()) >= ENOUGH:
+            return set(usable & level.keys())
+        level = deeper
+
+
+def _pooled(place: Place, output: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of one place, (B, width) each."""
+    values = tree_leaves(output)[place.leaf]
+    values = values.movedim((place.batch, place.channel), (0, -1))  # (B, *, C)
+    if values.ndim == 2:
+        return values, torch.zeros_like(values)
+    if mask is not None and values.ndim == 3 and mask.shape[1] == values.shape[1]:
+        weights = mask.to(values).unsqueeze(-1)  # (B, L, 1)
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
+        mean = (weights * values).sum(1)
+        return mean, (weights * (values - mean.unsqueeze(1)).square()).sum(1).clamp_min(0).sqrt()
+    positions = tuple(range(1, values.ndim - 1))
+    return values.mean(positions), values.var(positions, correction=0).clamp_min(0).sqrt()

@@ -1,0 +1,265 @@
+"""Teaching: from a loader of unseen points to a `FastPredictor`, by lessons from the exact engine."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .activations import Layers, Recorder, find_places
+from .batches import Batch, Inputs, Picked, num_samples, rows, slices
+from .chunks import chunks
+from .data import Points, draw
+from .distributed import World
+from .fast import FastPredictor
+from .likelihoods import Likelihood
+from .linearize import check_finite
+from .numerics import standard_normal
+from .observations import checked, weights_of
+from .perturb import Perturb, perturbed
+from .posterior import minimise
+from .predictions import Spread
+from .student import Lesson, Student, Translation, lesson
+
+if TYPE_CHECKING:
+    from .predictor import ELLAPredictor
+
+log = logging.getLogger(__name__)
+
+AT_A_TIME = 50  # points that copies are made of together
+FEWEST = 10  # points that a student can be taught and tested with
+TESTED = 5  # one part in so many tests the student
+MOST_TUNED = 2000  # points that the scales are tuned on
+TUNING = 2**24  # sampled outputs that they are tuned on
+DRAWS = 64  # of the posterior, for each of these
+# Standard deviations of the scales, in e-folds, around those of the exact predictor: a student is about as sure.
+WIDTHS = {"variance": 0.5, "temperature": 0.05}
+CLOSE = 0.7  # correlation of log-variances, below which a student is said to follow loosely
+WORSE = 0.01  # of the NLL, beyond which it is
+
+
+class Lecture(NamedTuple):
+    """A part of the points, and a copy of it: what to learn of each, and how well the exact predictor does."""
+
+    plain: Lesson
+    copies: Lesson
+    nll: Tensor  # (n,), of the exact predictor on `plain`
+    targets: Tensor  # (n, …)
+    weights: Tensor  # (n,)
+
+
+def distil(
+    predictor: "ELLAPredictor", points: Points, world: World, layers: Layers, perturb: Perturb | None, num_points: int
+) -> FastPredictor:
+    """Teach a student; see `ELLAPredictor.distil`, which calls it while the predictor reads."""
+    started, generator = time.perf_counter(), torch.Generator().manual_seed(predictor.settings["seed"])
+    with world.together("a look at the points to teach with"):
+        parts = _parts(draw(num_points, points.numbers, generator))
+        recorder = _recorder(predictor, points, layers)
+        seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
+    world.check_same(points.digest() if world.size > 1 else "", "points: pass a loader without a sampler for each")
+    with world.together("the student's lessons"):
+        bar = tqdm(world.share(range(len(parts))), desc="ELLA lessons", unit="part", disable=not world.first)
+        given = {i: _lecture(predictor, recorder, points, parts[i], seeds[i], perturb) for i in world.watched(bar)}
+    lectures = {number: lecture for some in world.everyone(given) for number, lecture in some.items()}
+    last = len(parts) - max(1, len(parts) // TESTED)  # these and those after it test the student
+    lessons = _joined([lesson for i in range(last) for lesson in lectures[i][:2]])
+    fast = _untaught(predictor, recorder, lessons)
+    with world.together("the student's learning"):
+        if world.first:
+            student = fast.student.cpu()
+            student.learn(lessons, generator, lambda epochs: tqdm(epochs, desc="ELLA student", unit="epoch"))
+            student.to(predictor.device)
+            tests = [number for part in parts[last:] for number in part]
+            others = sorted(set(points.numbers) - {number for part in parts for number in part})
+            _tune(fast, recorder, points, tests + draw(MOST_TUNED - len(tests), others, generator))
+            fast.figures = _figures(fast, [lectures[i] for i in range(last, len(parts))])
+            fast.figures["seconds"] = time.perf_counter() - started
+    fast.load_state_dict(world.tensors_from_first(fast.state_dict(), predictor.device))
+    fast.figures = world.object_from_first(fast.figures)
+    with world.quiet():
+        _tell(fast.figures, len(lessons.outputs), recorder)
+    return fast
+
+
+def _parts(numbers: Sequence[int]) -> list[Sequence[int]]:
+    """Points that are looked at together, whatever the number of processes: their copies depend on each other."""
+    if len(numbers) < FEWEST:
+        raise ValueError(f"a student needs {FEWEST} points or more to learn from, but there are {len(numbers)}.")
+    return [numbers[part] for part in slices(len(numbers), min(AT_A_TIME, len(numbers) // TESTED))]
+
+
+def _recorder(predictor: "ELLAPredictor", points: Points, layers: Layers) -> Recorder:
+    """Looks at the network where there is something to see.
+
+    Raises:
+        ValueError: if its outputs, or its inputs, are not of the kind that a student learns.
+    """
+    if predictor.settings["top_outputs"] is not None:
+        raise ValueError("with top_outputs= every input has other outputs, which a student cannot learn.")
+    network = predictor._here().network
+    inputs = next(iter(points.batches(points.numbers[:FEWEST], predictor.device))).inputs
+    if isinstance(inputs, Picked) or predictor.batched or num_samples(inputs) < 2:
+        raise ValueError(
+            "samples cannot be told apart in such inputs, so a student cannot learn of each of them: use the exact "
+            "predictor."
+        )
+    network.settle(inputs)
+    places = find_places(network, inputs, layers)
+    if len(network.output_shape or ()) > 1:
+        raise ValueError(
+            f"a student learns of one row of outputs an input, but this network gives {network.output_shape}: use the "
+            "exact predictor."
+        )
+    return Recorder(network, places)
+
+
+def _lecture(
+    predictor: "ELLAPredictor",
+    recorder: Recorder,
+    points: Points,
+    numbers: Sequence[int],
+    seed: int,
+    perturb: Perturb | None,
+) -> Lecture:
+    """Ask the exact engine about some points and their copies."""
+    generator, likelihood, found = torch.Generator().manual_seed(seed), predictor.likelihood, []
+    for batch in points.batches(numbers, predictor.device):
+        copies = perturbed(batch.inputs, generator) if perturb is None else perturb(batch.inputs)
+        if num_samples(copies) != num_samples(batch.inputs):
+            raise ValueError(
+                f"perturb= must give as many samples as it gets, {num_samples(batch.inputs)}, not "
+                f"{num_samples(copies)}."
+            )
+        plain, logits, features = _asked(predictor, recorder, batch.inputs)
+        posterior = predictor.posterior
+        gaussian = posterior.outputs(logits, features, predictor.draws.to(features))
+        prediction = likelihood.predict(gaussian, predictor.settings["predictive"], posterior.temperature.to(logits))
+        targets, weights = _answers(likelihood, batch, logits)
+        answers = (part.cpu() for part in (likelihood.nll(prediction, targets), targets, weights))
+        found.append(Lecture(plain, _asked(predictor, recorder, copies)[0], *answers))
+    plain, copies, *answers = zip(*found, strict=True)
+    return Lecture(_joined(plain), _joined(copies), *map(torch.cat, answers))
+
+
+def _joined(lessons: Sequence[Lesson]) -> Lesson:
+    return Lesson(*map(torch.cat, zip(*lessons, strict=True)))
+
+
+def _asked(predictor: "ELLAPredictor", recorder: Recorder, inputs: Inputs) -> tuple[Lesson, Tensor, Tensor]:
+    """A lesson on some inputs, and their outputs (B, C) and features (B, C, K + m)."""
+    outputs, pooled = recorder(inputs)
+    parts = predictor._here().affordable(inputs, predictor.draws.shape[1])
+    looked = [predictor.features(rows(inputs, part)) for part in parts]
+    logits, features = (torch.cat(part) for part in zip(*looked, strict=True))
+    return lesson(pooled, outputs, features, predictor.posterior.root(), predictor.likelihood), logits, features
+
+
+def _answers(likelihood: Likelihood, batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets as the likelihood takes them, and their weights, (B,)."""
+    targets = checked(likelihood, outputs, batch.targets, -1)
+    return targets, weights_of(likelihood, targets, batch.weights)
+
+
+def _untaught(predictor: "ELLAPredictor", recorder: Recorder, lessons: Lesson) -> FastPredictor:
+    """A fast predictor with a student that has learnt nothing."""
+    posterior, settings = predictor.posterior, predictor.settings
+    num_outputs, rank = lessons.along.shape[1:]
+    draws = standard_normal(settings["num_samples"], rank + num_outputs, settings["seed"])
+    return FastPredictor(
+        predictor.model,
+        student=Student.of(lessons, predictor.likelihood.invariant),
+        translation=Translation(posterior, draws),
+        places=recorder.places,
+        temperature=posterior.temperature,
+        forward=predictor.forward_function,
+        settings=settings | predictor.likelihood.stored(),
+        origin=predictor.origin,
+        counted=predictor.counted,
+    ).to(predictor.device)
+
+
+def _tune(fast: FastPredictor, recorder: Recorder, points: Points, numbers: Sequence[int]) -> None:
+    """Choose the scales anew, on points that the student has not seen, with a prior around the exact predictor's."""
+    likelihood, parts = fast.likelihood, []
+    numbers = numbers[: max(1, TUNING // (DRAWS * fast.student.num_outputs))]
+    for batch in points.batches(points.arranged(numbers), fast.device):
+        outputs, pooled = recorder(batch.inputs)
+        gaussian = fast.translation(check_finite(outputs), fast.student(pooled, outputs))
+        parts.append((gaussian.mean, gaussian.factor, gaussian.own, *_answers(likelihood, batch, outputs)))
+    mean, factor, own, targets, weights = (torch.cat(part) for part in zip(*parts, strict=True))
+    mean, factor, own, weights = (part.double() for part in (mean, factor, own, weights))
+    count, draws = weights.sum().clamp_min(1), fast.translation.draws[:DRAWS].double()
+    names = ["variance"] + ["temperature"] * likelihood.has_temperature
+    precision = torch.tensor([WIDTHS[name] ** -2 for name in names]).to(mean) / count
+    pieces = slices(len(mean), chunks(mean).tuning // (mean.shape[1] * len(draws)))
+
+    def loss(steps: Tensor, part: slice) -> Tensor:
+        deviation = (steps[0] / 2).exp()
+        gaussian = Spread(mean[part], factor[part] * deviation, draws, own=own[part] * deviation)
+        temperature = fast.temperature.to(mean) * steps[1:].sum().exp()
+        prediction = likelihood.predict(gaussian, fast.settings["predictive"], temperature)
+        return (weights[part] * likelihood.nll(prediction, targets[part])).sum() / count
+
+    def loss_and_gradient(steps: Tensor) -> tuple[Tensor, Tensor]:
+        steps = steps.detach().requires_grad_()
+        value, gradient = (precision * steps.detach().square()).sum() / 2, precision * steps.detach()
+        with torch.enable_grad():
+            for part in pieces:
+                piece = loss(steps, part)
+                value, gradient = value + piece.detach(), gradient + torch.autograd.grad(piece, steps)[0]
+        return value, gradient
+
+    steps = minimise(loss_and_gradient, mean.new_zeros(len(names)), 1e-7)
+    fast.translation.scale = steps[0].exp().to(fast.translation.scale)
+    fast.tempering = steps[1:].sum().exp().to(fast.tempering)
+    fast.temperature = fast.temperature * fast.tempering
+
+
+def _figures(fast: FastPredictor, lectures: Sequence[Lecture]) -> dict[str, float]:
+    """How well a student follows, on points that it was not taught on and on changed copies of them."""
+    figures = {}
+    for what, part in (("", 0), ("_changed", 1)):
+        exact = _joined([lecture[part] for lecture in lectures])  # type: ignore[arg-type]
+        said = fast.student(exact.pooled.to(fast.device), exact.outputs.to(fast.device))
+        figures[f"variance_correlation{what}"] = _correlation(_log_variance(fast, said), _log_variance(fast, exact))
+        if exact.novelty.numel():
+            figures[f"novelty_correlation{what}"] = _correlation(said.novelty, exact.novelty)
+    exact = _joined([lecture.plain for lecture in lectures])
+    nll, targets, weights = (torch.cat([getattr(x, name) for x in lectures]) for name in ("nll", "targets", "weights"))
+    prediction = fast.predict(exact.outputs.to(fast.device), exact.pooled.to(fast.device))
+    ours = fast.likelihood.nll(prediction, targets.to(fast.device)).to(nll)
+    total = weights.sum().clamp_min(1)
+    figures |= {"nll_exact": float((weights * nll).sum() / total), "nll": float((weights * ours).sum() / total)}
+    return figures | {"variance_scale": float(fast.translation.scale), "temperature": float(fast.temperature)}
+
+
+def _log_variance(fast: FastPredictor, said: NamedTuple) -> Tensor:
+    """Of the outputs, in and outside the span, (n, C)."""
+    inside, outside = (getattr(said, name).double().exp().cpu() for name in ("inside", "outside"))
+    return (inside + fast.translation.outside.cpu() * outside if outside.numel() else inside).log()
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    both = torch.stack([a.double().cpu().flatten(), b.double().cpu().flatten()])
+    return float(torch.corrcoef(both)[0, 1].nan_to_num(1.0))
+
+
+def _tell(figures: Mapping[str, float], count: int, recorder: Recorder) -> None:
+    """Log how well the student follows, and warn where it does not."""
+    log.info(
+        "ELLA: a student was taught on %d inputs, half of them changed, and looks at %d places in the network. On "
+        "others, its log-variances correlate with the exact ones by %.2f (%.2f where changed), and the NLL is %.4g, "
+        "exactly %.4g. It took %.0f s.",
+        *(count, len(recorder.places), figures["variance_correlation"], figures["variance_correlation_changed"]),
+        *(figures["nll"], figures["nll_exact"], figures["seconds"]),
+    )
+    closest = min(value for name, value in figures.items() if name.startswith("variance_correlation"))
+    if closest < CLOSE or figures["nll"] > figures["nll_exact"] + WORSE * abs(figures["nll_exact"]):
+        log.warning(
+            "ELLA: the student follows the exact predictor loosely: teach it with more points (num_points=), or ask "
+            "the exact one."
+        )

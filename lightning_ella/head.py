@@ -1,0 +1,120 @@
+"""What every head on a trained network has: the network, which it only reads, and proof that it is still the same."""
+
+import copy
+import hashlib
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from .linearize import Forward, version
+from .pickling import portable
+
+
+class Head(nn.Module):
+    """A module on a trained network, which it holds without owning it, and whose weights it knows.
+
+    Args:
+        model: the network.
+        forward: how to call it.
+        origin: says which weights these are, in the error that refuses others: the name of a checkpoint.
+        counted: names of parameters and buffers that a forward pass itself writes to, which are no weights.
+    """
+
+    is_head_of_a_network = True  # a view of the network leaves it out
+    made_again: ClassVar[tuple[str, ...]] = ("_verified", "_lock")  # what neither a pickle nor a copy keeps
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, forward: Forward, origin: str, counted: Collection[str]):
+        super().__init__()
+        # Not registered: the head may then be a submodule of the network, as in `module.ella = ELLAPredictor.load(…)`.
+        object.__setattr__(self, "model", model)
+        self.forward_function, self.origin = forward, origin
+        self._lock = threading.RLock()
+        self._recognise(counted)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle keeps: all but what is made again, and a `forward=` that cannot be pickled."""
+        return self._own() | {"forward_function": portable("forward_function", self.forward_function)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the parts; a network that has this head on it may not be whole yet, so it is looked at when asked."""
+        super().__setstate__(state)
+        self._verified, self._lock = None, threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = made = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self._own(), memo))
+        return made
+
+    def _own(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self.made_again}
+
+    def _recognise(self, counted: Collection[str]) -> None:
+        """Take the weights that the network has now for those that this head belongs to."""
+        self.counted = frozenset(counted)
+        self.fingerprint = fingerprint(self.model, self.counted)
+        self._verified: Versions | None = versions(self.model, self.counted)
+
+    def _check_weights(self) -> None:
+        found = versions(self.model, self.counted)
+        if found != self._verified:  # something wrote to the weights: see whether they changed
+            compare(self.fingerprint, self.model, self.counted, "this posterior", self.origin)
+            self._verified = found
+
+
+def fingerprint(model: nn.Module, without: Collection[str] = (), *, halved: bool = False) -> dict[str, str]:
+    """SHA-256 of the names and shapes of a network's parameters and buffers, and of their values.
+
+    Values of those in `without` do not count. `halved` takes float64 as float32.
+    """
+    network, weights = hashlib.sha256(), hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            network.update(f"{name} {tuple(value.shape)}\n".encode())
+            if name not in without:
+                value = value.float() if halved and value.dtype == torch.float64 else value
+                bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                weights.update(bits.numpy().data)
+    return {"network": network.hexdigest(), "weights": weights.hexdigest()}
+
+
+def compare(expected: Mapping[str, str], model: nn.Module, without: Collection[str], what: str, origin: str) -> None:
+    """Raise a ValueError unless a network has the weights that are expected, in whatever type holds them exactly."""
+    found = fingerprint(model, without)
+    if expected["network"] != found["network"]:
+        raise ValueError(
+            f"{what} belongs to a network with other layers: pass the network that it was fitted with, "
+            "wrapped in the same module."
+        )
+    if expected["weights"] in (found["weights"], fingerprint(model, without, halved=True)["weights"]):
+        return
+    kinds = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    if kinds:
+        raise ValueError(
+            f"{what} was fitted at weights that {', '.join(map(str, kinds))}, the network's type now, does not hold: "
+            "load them again, in float32."
+        )
+    theirs = f"{origin}, {expected['weights'][:8]}" if origin else expected["weights"][:8]
+    raise ValueError(
+        f"{what} was fitted at other weights ({theirs}; the network has {found['weights'][:8]}): "
+        "load the weights that it was fitted with (a cast to a smaller type and back changes them, too), or fit again."
+    )
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Which tensors a network has, and how often each was written to; they are held, so no other gets their id."""
+
+    tensors: list[Tensor] = field(compare=False)
+    numbers: list[tuple[int, int, int]]
+
+
+def versions(model: nn.Module, without: Collection[str]) -> Versions:
+    """Changes whenever a weight or buffer is written to or replaced; costs no look at the values."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [value for name, value in named if name not in without]
+    return Versions(tensors, [(id(value), value.data_ptr(), version(value)) for value in tensors])
