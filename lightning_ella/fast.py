@@ -1,22 +1,26 @@
 """The fast predictor: one forward pass of the user's network, and a student of the exact engine on top."""
 
-import logging
+import json
+import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from . import artefact
 from .activations import Place, Recorder
 from .batches import Inputs, as_tree, call, plain
-from .head import Head
+from .export import export
+from .head import Head, compare
 from .likelihoods import LIKELIHOODS
 from .linearize import Forward, Network, as_function, check_finite
 from .posterior import Posterior
+from .settings import Settings
 from .student import Student, Translation
-
-log = logging.getLogger(__name__)
 
 FORMAT = "lightning-ella-fast 1"
 
@@ -106,6 +110,102 @@ class FastPredictor(Head):
         self.temperature = posterior.temperature.to(self.temperature) * self.tempering
         return self
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write student and scales, without the network, as one safetensors file; see `ELLAPredictor.save`.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        metadata = {
+            "format": FORMAT,
+            "settings": json.dumps(self.settings),
+            "fingerprint": json.dumps(self.fingerprint),
+            "origin": self.origin,
+            "counted": json.dumps(sorted(self.counted)),
+            "places": json.dumps(self.places),
+            "figures": json.dumps(self.figures),
+        }
+        return artefact.write(path, self.state_dict(), metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, forward: Forward = call) -> Self:
+        """Read a fast predictor and attach it to `model`, which must have the weights that it was taught with.
+
+        Args:
+            path: what `save` wrote.
+            model: the network.
+            forward: how to call it, if the fit was told (a function is not stored).
+
+        Raises:
+            FileNotFoundError: if there is no file.
+            ValueError: if the file is no fast predictor, is not as it was written, or belongs to another network or to
+                other weights.
+        """
+        found: dict[str, Any] = {}
+
+        def accept(metadata: dict[str, str], shapes: artefact.Shapes) -> None:
+            try:
+                parts = {name: json.loads(metadata[name]) for name in ("fingerprint", "counted", "places", "figures")}
+                found.update(
+                    parts, origin=metadata["origin"], settings=asdict(Settings(**json.loads(metadata["settings"])))
+                )
+                found["places"] = [Place(*place) for place in found["places"]]
+                rank = shapes["translation.root"][1][0]
+                found["sizes"] = rank, shapes["translation.draws"][1][1] - rank
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+                raise ValueError(f"{path} cannot be read as a fast predictor ({error}): write it again.") from error
+            compare(found["fingerprint"], model, found["counted"], f"the student in {path}", found["origin"])
+
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        tensors, _ = artefact.read(path, FORMAT, device, accept)
+        if not all(tensor.sum().isfinite() for tensor in tensors.values()):
+            raise ValueError(f"{path} has numbers that are NaN or infinite: teach again.")
+        rank, num_outputs = found.pop("sizes")
+        fast = cls(
+            model,
+            student=Student(
+                2 * sum(place.width for place in found["places"]),
+                num_outputs,
+                rank,
+                has_outside=len(tensors["student.said_mean"]) > num_outputs * (rank + 1),
+                invariant=LIKELIHOODS[found["settings"]["likelihood"]].invariant,
+            ),
+            translation=Translation(tensors["translation.root"], tensors["translation.draws"]),
+            temperature=tensors["temperature"],
+            forward=forward,
+            **{name: found[name] for name in ("settings", "places", "figures", "origin", "counted")},
+        )
+        try:
+            fast.to(device).load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the tensors in {path} are not those of a fast predictor of this network: teach again."
+            ) from error
+        return fast
+
+    def export(self, path: str | os.PathLike[str], example: Inputs) -> Path:
+        """Write network and student as one program that needs neither this package nor the network's code.
+
+        Args:
+            path: ending in ".onnx" for ONNX, or in ".pt2" for `torch.export`.
+            example: a batch of inputs. The program takes such, of any number of samples.
+
+        Returns:
+            the path. The program's outputs have the names that those of a prediction have: of classes `probs`,
+            `entropy`, `mutual_information`, `logits_mean`, `logits_variance` and `novelty`; of numbers `mean`,
+            `variance`, `lower` and `upper` (the interval of 90 %), and `novelty`.
+
+        Raises:
+            ValueError: for another ending, or if the network cannot be exported; the message says why.
+            ImportError: if ONNX's packages are not installed.
+        """
+        with self._lock, as_function():
+            self._check_weights()
+            own = tree_map(_constant, plain(as_tree(example), self.device))
+            self._here().network.settle(own)
+            network = Network(self.model, self.forward_function, self._names(), cast=lambda _, value: value.clone())
+            return export(Path(path), Recorder(network, self.places), self, own)
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -116,9 +216,11 @@ class FastPredictor(Head):
         if self.temperature.device != self.device:
             self.to(self.device)
         if self._recorder is None or self._recorder.network.device != self.device:
-            names = [name for name, parameter in self.model.named_parameters() if parameter.is_floating_point()]
-            self._recorder = Recorder(Network(self.model, self.forward_function, names), self.places)
+            self._recorder = Recorder(Network(self.model, self.forward_function, self._names()), self.places)
         return self._recorder
+
+    def _names(self) -> list[str]:
+        return [name for name, parameter in self.model.named_parameters() if parameter.is_floating_point()]
 
 
 def _constant(leaf: Any) -> Any:

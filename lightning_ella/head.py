@@ -4,7 +4,6 @@ import copy
 import hashlib
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -57,11 +56,11 @@ class Head(nn.Module):
         """Take the weights that the network has now for those that this head belongs to."""
         self.counted = frozenset(counted)
         self.fingerprint = fingerprint(self.model, self.counted)
-        self._verified: Versions | None = versions(self.model, self.counted)
+        self._verified: Versions | None = Versions(self.model, self.counted)
 
     def _check_weights(self) -> None:
-        found = versions(self.model, self.counted)
-        if found != self._verified:  # something wrote to the weights: see whether they changed
+        if self._verified is None or not self._verified.hold():  # something wrote to the weights: see if they changed
+            found = Versions(self.model, self.counted)
             compare(self.fingerprint, self.model, self.counted, "this posterior", self.origin)
             self._verified = found
 
@@ -105,16 +104,24 @@ def compare(expected: Mapping[str, str], model: nn.Module, without: Collection[s
     )
 
 
-@dataclass(frozen=True)
 class Versions:
-    """Which tensors a network has, and how often each was written to; they are held, so no other gets their id."""
+    """Which weights a network has, and how often each was written to; costs no look at the values."""
 
-    tensors: list[Tensor] = field(compare=False)
-    numbers: list[tuple[int, int, int]]
+    def __init__(self, model: nn.Module, without: Collection[str]):
+        held = [named for module in model.modules() for named in (module._parameters, module._buffers, module._modules)]
+        self._places = [(table, name, value) for table in held for name, value in table.items()]
+        self._lengths = [(table, len(table)) for table in held]
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._tensors = [value for name, value in named if name not in without]
+        self._numbers = self._now()
 
+    def hold(self) -> bool:
+        """Whether the network has the same modules, parameters and buffers, and none was written to."""
+        return (
+            all(table.get(name, self) is value for table, name, value in self._places)
+            and all(len(table) == length for table, length in self._lengths)
+            and self._now() == self._numbers
+        )
 
-def versions(model: nn.Module, without: Collection[str]) -> Versions:
-    """Changes whenever a weight or buffer is written to or replaced; costs no look at the values."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    tensors = [value for name, value in named if name not in without]
-    return Versions(tensors, [(id(value), value.data_ptr(), version(value)) for value in tensors])
+    def _now(self) -> list[tuple[int, int]]:
+        return [(value.data_ptr(), version(value)) for value in self._tensors]

@@ -71,7 +71,7 @@ def as_function() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(eager())
         stack.enter_context(plain_attention())
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             stack.enter_context(repeatable())
         yield
 

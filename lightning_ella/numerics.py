@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.backends import cudnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.quasirandom import SobolEngine
 
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices
 
@@ -88,3 +89,9 @@ native_recurrence = Shared(lambda: _set(enabled=False))  # cuDNN's has no backwa
 def standard_normal(num_samples: int, rank: int, seed: int) -> Tensor:
     """(S, K) draws, the same on every device."""
     return torch.randn(num_samples, rank, generator=torch.Generator().manual_seed(seed))
+
+
+def spread_normal(num_samples: int, rank: int, seed: int) -> Tensor:
+    """(S, K) draws that are spread more evenly than random ones are: quasi-Monte Carlo (Sobol, scrambled)."""
+    uniform = SobolEngine(rank, scramble=True, seed=seed).draw(num_samples, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).float()

@@ -143,7 +143,7 @@ class Student(nn.Module):
         optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=DECAY)
         steps = EPOCHS * math.ceil(n / BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-        self.train()
+        self.train().requires_grad_(True)
         with torch.enable_grad():
             for _ in watch(range(EPOCHS)):
                 for some in torch.randperm(n, generator=generator).split(BATCH):
@@ -165,23 +165,22 @@ class Translation(nn.Module):
     """From what a student says to the outputs' Gaussian, under the posterior as it is now.
 
     Args:
-        posterior: that the student was taught, whose directions it knows.
+        root: R (K, K) of the posterior that the student was taught, whose directions it knows.
         draws: (S, K + C) standard normal numbers.
     """
 
-    def __init__(self, posterior: Posterior, draws: Tensor):
+    def __init__(self, root: Tensor, draws: Tensor):
         super().__init__()
-        self.register_buffer("root", posterior.root().double())
+        self.register_buffer("root", root.double())
         self.register_buffer("scale", torch.ones(()).double())  # of all variances
         self.register_buffer("draws", draws)
-        rank = len(posterior.curvature)
+        rank = len(root)
         self.register_buffer("move", torch.zeros(rank))  # (K,), of the mean, in the student's coordinates
         self.register_buffer("turn", torch.eye(rank))  # (K, K), of the covariance's root
         self.register_buffer("outside", torch.zeros(()))  # r
-        self.follow(posterior)
 
-    def follow(self, posterior: Posterior) -> None:
-        """Take another posterior over the same directions."""
+    def follow(self, posterior: Posterior) -> Self:
+        """Take a posterior over the same directions."""
         now = posterior.root().to(self.root)
         turn = torch.linalg.solve(self.root, now)
         same = torch.allclose(now, self.root, rtol=1e-9, atol=0)
@@ -189,6 +188,7 @@ class Translation(nn.Module):
         self.turn = (torch.eye(len(now)) if same else turn).to(self.turn)
         self.move = torch.linalg.solve(self.root, mean).to(self.move)
         self.outside = posterior.residual_scale.to(self.outside)
+        return self
 
     def forward(self, outputs: Tensor, said: Said) -> Spread:
         """Mean, shared factor and own deviations of the outputs (B, C).

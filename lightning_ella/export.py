@@ -1,0 +1,100 @@
+"""Programs that need neither this package nor the network's code: `torch.export` and ONNX."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .activations import Recorder
+from .batches import Inputs, num_samples, rows
+from .linearize import twice
+from .predictions import ClassPrediction, LabelPrediction, NormalPrediction, Spread
+
+if TYPE_CHECKING:
+    from .fast import FastPredictor
+
+LEVEL = 0.9  # of the interval from `lower` to `upper`
+
+
+def export(path: Path, recorder: Recorder, fast: "FastPredictor", example: Inputs) -> Path:
+    """Write a program; see `FastPredictor.export`."""
+    if path.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"{path.name} ends neither in .onnx nor in .pt2, by which the kind of program is chosen.")
+    if path.suffix == ".onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ImportError("ONNX needs two packages more: pip install onnx onnxscript.") from error
+    few = rows(example, slice(0, 2))  # which the program keeps
+    example = twice(few) if num_samples(few) == 1 else few  # a batch of one would be taken for fixed
+    example = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
+    served = Served(recorder, fast).eval()
+    batch = torch.export.Dim("batch")
+    shapes = tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, example)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        program = torch.export.export(served, (example,), dynamic_shapes=(shapes,), strict=False)
+        if path.suffix == ".pt2":
+            torch.export.save(program, path)
+        else:
+            names = list(served(example))
+            made = torch.onnx.export(program, (), output_names=names, dynamo=True, verbose=False)
+            assert made is not None
+            made.save(path, external_data=False)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # whatever a network does that no program can
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"the network cannot be written as a program of {path.suffix}: {reason}") from error
+    return path
+
+
+class Served(nn.Module):
+    """Network and student as a function from inputs to named tensors, without anything that a program cannot be.
+
+    Args:
+        recorder: evaluates the network.
+        fast: knows the student.
+    """
+
+    def __init__(self, recorder: Recorder, fast: "FastPredictor"):
+        super().__init__()
+        self.network = recorder.network.model
+        self.student, self.translation = fast.student, fast.translation
+        self._recorder, self._fast = [recorder], [fast]  # not registered: their networks are others
+
+    def forward(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What a prediction says of a batch, by name."""
+        [recorder], [fast] = self._recorder, self._fast
+        network = recorder.network
+        outputs = network._forward(network.model, inputs)
+        outputs = getattr(outputs, "logits", getattr(outputs, "prediction", outputs))
+        outputs = outputs if outputs.ndim > 1 else outputs.unsqueeze(1)
+        prediction = fast.predict(outputs, recorder.pooled(inputs), network.output_shape)
+        logits = prediction.logits
+        prediction.logits = Whole(**{part.name: getattr(logits, part.name) for part in fields(logits)})
+        said = {name: getattr(prediction, name) for name in _names(prediction)}
+        if isinstance(prediction, NormalPrediction):
+            said["lower"], said["upper"] = prediction.interval(LEVEL)
+        return said if prediction.novelty is None else said | {"novelty": prediction.novelty}
+
+
+class Whole(Spread):
+    """All draws at once: how many samples there are is not known when a program is written."""
+
+    def in_parts(self) -> Iterator[Tensor]:
+        """Outputs (S, *, C)."""
+        yield self.samples()
+
+
+def _names(prediction: Any) -> tuple[str, ...]:
+    """What a program says: all that needs no random numbers."""
+    if isinstance(prediction, ClassPrediction | LabelPrediction):
+        return "probs", "entropy", "mutual_information", "logits_mean", "logits_variance"
+    moments = ("mean", "variance") if prediction.likelihood.has_moments else ()
+    return *moments, "logits_mean", "logits_variance"
