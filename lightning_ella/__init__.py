@@ -3,6 +3,7 @@
 import logging
 
 from .callback import ELLACallback
+from .fast import FastPredictor
 from .fit import fit_ella
 from .likelihoods import LIKELIHOODS, Likelihood
 from .predictions import ClassPrediction, LabelPrediction, NormalPrediction, Prediction
@@ -15,6 +16,7 @@ __all__ = [
     "ClassPrediction",
     "ELLACallback",
     "ELLAPredictor",
+    "FastPredictor",
     "LabelPrediction",
     "Likelihood",
     "NormalPrediction",

@@ -15,6 +15,7 @@ from .linearize import Network, hooked
 
 ENOUGH = 6  # places: modules are opened until there are as many
 MOST = 8  # places that are looked at; of more, as many at equal distances
+SAME = 1e-3  # of the largest, that pooled activations of a sample may differ by in another batch
 Layers = str | Collection[str] | None
 
 
@@ -32,7 +33,7 @@ class Recorder:
     """Evaluates a network once, and keeps what its modules put out at some places.
 
     Args:
-        network: the network, whose view is this recorder's own.
+        network: the network, settled, whose view is this recorder's own.
         places: where.
     """
 
@@ -44,17 +45,24 @@ class Recorder:
             modules[name].register_forward_hook(partial(self._keep, name))
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Outputs (B, D), and the pooled activations of all places, (B, A)."""
+        """Outputs (B, D), and the pooled activations of all places, (B, A).
+
+        Raises:
+            ValueError: if a module was not called.
+        """
+        self._kept.clear()
         outputs = self.network.own(inputs)
-        pooled = self.pooled(inputs)
+        pooled = self.pooled(inputs, outputs)
         self._kept.clear()
         return outputs, pooled
 
-    def pooled(self, inputs: Inputs) -> Tensor:
+    def pooled(self, inputs: Inputs, outputs: Tensor) -> Tensor:
         """Means over the positions of all places, and then standard deviations, (B, A)."""
-        mask = mask_of(inputs)
+        if missing := [place.module for place in self.places if place.module not in self._kept]:
+            raise ValueError(f"the network does not call {missing[0]} for all inputs: pass layers= without it.")
+        mask, nothing = mask_of(inputs), outputs[:, :0]
         moments = [_moments(place, self._kept[place.module], mask) for place in self.places]
-        means, squares = (torch.cat(parts, 1) for parts in zip(*moments, strict=True))
+        means, squares = (torch.cat([nothing, *(pair[i] for pair in moments)], 1) for i in range(2))
         return torch.cat([means, (squares - means.square()).clamp_min(0).sqrt()], 1)
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -117,26 +125,52 @@ def _named(modules: Mapping[str, nn.Module], layers: str | Collection[str]) -> d
 
 
 def _seen(network: Network, modules: Mapping[str, nn.Module], inputs: Inputs) -> list[Place]:
-    """Every tensor with a row for each sample, in the order in which it is made; one that several put out is one."""
+    """Every tensor with a row for each sample, in the order in which it is made; one that several put out is one.
+
+    The rows must be those of the samples: with fewer of them, in another order, and alone.
+    """
     count = num_samples(inputs)
-    with keeping(modules) as more:
-        network.own(inputs)
-    with keeping(modules) as fewer:
-        outputs = network.own(rows(inputs, slice(0, count - 1)))
-    known = {outputs.data_ptr()}
-    found = []
-    for name, output in more.items():
-        for leaf, (one, other) in enumerate(zip(tree_leaves(output), tree_leaves(fewer.get(name)), strict=False)):
-            if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.is_floating_point()):
+    orders = torch.arange(count), torch.arange(count - 1), torch.arange(count).flip(0), torch.tensor([count // 2])
+    looks, outputs = [], []
+    for order in orders:
+        with keeping(modules) as kept:
+            outputs.append(network.own(rows(inputs, order)))
+        looks.append(kept)
+    known, found = {outputs[0].data_ptr()}, []
+    for name in looks[0]:
+        for leaf, several in enumerate(zip(*(tree_leaves(look.get(name)) for look in looks), strict=False)):
+            place = _place(name, leaf, modules[name], several, orders)
+            if place is None or several[0].data_ptr() in known:
                 continue
-            axes = [axis for axis, pair in enumerate(zip(one.shape, other.shape, strict=False)) if pair[0] != pair[1]]
-            same = one.ndim == other.ndim and len(axes) == 1 and one.shape[axes[0]] == count
-            if not same or one.ndim < 2 or not one.numel() or other.data_ptr() in known:
-                continue
-            known.add(other.data_ptr())
-            channel = _channel_axis(modules[name], one, axes[0])
-            found.append(Place(name, leaf, axes[0], channel, one.shape[channel]))
+            known.add(several[0].data_ptr())
+            pairs = zip(looks, orders, strict=True)
+            means = [_moments(place, look[name], mask_of(rows(inputs, order)))[0] for look, order in pairs]
+            if all(_same(means[0][order], each) for order, each in zip(orders, means, strict=True)):
+                found.append(place)
     return found
+
+
+def _place(name: str, leaf: int, module: nn.Module, several: Sequence[Any], orders: Sequence[Tensor]) -> Place | None:
+    """Where a tensor has its samples and channels, from what it is for so many of them; None if it has no samples."""
+    first = several[0]
+    if not all(map(_is_plain, several)) or first.ndim < 2 or not first.numel():
+        return None
+    counts = [len(order) for order in orders]
+    lengths = [[one.shape[axis] if axis < one.ndim else -1 for one in several] for axis in range(first.ndim)]
+    if lengths.count(counts) != 1:
+        return None
+    batch = lengths.index(counts)
+    channel = _channel_axis(module, first, batch)
+    return Place(name, leaf, batch, channel, first.shape[channel])
+
+
+def _is_plain(leaf: Any) -> bool:
+    is_dense = isinstance(leaf, Tensor) and not leaf.is_nested and leaf.layout == torch.strided
+    return is_dense and leaf.is_floating_point()
+
+
+def _same(expected: Tensor, found: Tensor) -> bool:
+    return expected.shape == found.shape and bool((expected - found).abs().max() <= SAME * expected.abs().max())
 
 
 def _channel_axis(module: nn.Module, output: Tensor, batch: int) -> int:

@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from . import trainers
 from .data import Unpack, inputs_and_targets, points_of
 from .distributed import World
+from .fast import FastPredictor
 from .fit import Fit, check, run
 from .head import fingerprint
 from .linearize import Parameters, call
@@ -71,6 +72,8 @@ class ELLACallback(Callback):
         unpack: maps a batch to `(inputs, targets)` or `(inputs, targets, weights)`; by default batches are pairs.
         forward: maps `(module, inputs)` to outputs; by default `module(inputs)`. See `fit_ella`.
         parameters: which to take into account, by name, pattern or a function; see `fit_ella`.
+        distil: teach a student at the end, on the unseen points: `predictor.fast`, or `module.ella.fast`, predicts for
+            the price of one forward pass. Its file has "-fast" in its name. See `ELLAPredictor.distil`.
         **settings: numbers and names of the method, see `Settings`.
 
     Raises:
@@ -94,6 +97,7 @@ class ELLACallback(Callback):
         unpack: Unpack = inputs_and_targets,
         forward: Callable[[nn.Module, Any], Any] = call,
         parameters: Parameters = None,
+        distil: bool = False,
         **settings: Any,
     ):
         if weights not in ("last", "best"):
@@ -105,6 +109,7 @@ class ELLACallback(Callback):
         self.train_loader, self.calibration_loader = train_loader, calibration_loader
         self.path, self.on_error, self.resume = path, on_error, resume
         self.unpack, self.forward, self.parameters = unpack, forward, parameters
+        self.distil = distil
         self._outcome: Outcome | None = None
         self._shared = Shared()
         self._trained = False  # whether a batch was trained on in this fit
@@ -295,7 +300,7 @@ class ELLACallback(Callback):
     def _functions(self, trainer: Trainer) -> dict[str, Any]:
         """What the user's functions say about batches and network."""
         unpack = trainers.as_in_training(trainer, self.unpack)
-        return {"unpack": unpack, "forward": self.forward, "parameters": self.parameters}
+        return {"unpack": unpack, "forward": self.forward, "parameters": self.parameters, "distil": self.distil}
 
     def _remembered(
         self, trainer: Trainer, pl_module: LightningModule, while_: str
@@ -335,6 +340,8 @@ class ELLACallback(Callback):
         else:
             network, _ = self._network(trainer, pl_module, record.checkpoint)
             predictor = ELLAPredictor.load(record.path, network, self.forward)
+            if self.distil:
+                predictor.adopt(FastPredictor.load(_fast_path(record.path), network, self.forward))
             self._attach(pl_module, network, predictor, record.path)
 
     def _stages(self, trainer: Trainer, path: Path) -> Stages:
@@ -399,6 +406,8 @@ class ELLACallback(Callback):
         if not trainers.is_fast_dev_run(trainer):
             try:
                 log.info("ELLA: the posterior is in %s", fit.predictor.save(job.path))
+                if fit.predictor.fast is not None:
+                    log.info("ELLA: the student is in %s", fit.predictor.fast.save(_fast_path(job.path)))
                 if self._outcome is not None:
                     self._outcome.file = str(job.path)
                 records(trainer)[str(self.path)] = Record(os.getpid(), str(job.path), job.checkpoint)
@@ -424,6 +433,11 @@ class ELLACallback(Callback):
         if self.path is None and "://" in str(folder):
             raise ValueError(f"ELLA writes to local files only, not to {folder}: pass path='…/ella.safetensors'.")
         return Path(folder) / "ella.safetensors"
+
+
+def _fast_path(path: str | Path) -> Path:
+    """Where the student of the posterior in a file goes."""
+    return (path := Path(path)).with_name(f"{path.stem}-fast{path.suffix}")
 
 
 class _Job(NamedTuple):

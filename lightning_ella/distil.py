@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .activations import Layers, Recorder, find_places
 from .batches import Batch, Inputs, Picked, num_samples, rows, slices
 from .chunks import chunks
-from .data import Points, draw
+from .data import Points, draw, seeded
 from .distributed import World
 from .fast import FastPredictor
 from .likelihoods import Likelihood
@@ -22,6 +21,7 @@ from .observations import checked, weights_of
 from .perturb import Perturb, perturbed
 from .posterior import minimise
 from .predictions import Spread
+from .progress import Progress, bar, silent
 from .student import Lesson, Student, Translation, lesson
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 SAMPLES = 128  # draws of a student's posterior; evenly spread, they are as good as 512 random ones
 AT_A_TIME = 50  # points that copies are made of together
-FEWEST = 10  # points that a student can be taught and tested with
+FEWEST = 4  # points that a student can be taught and tested with
+NUM_POINTS = 750  # that the exact engine is asked about, by default
 TESTED = 5  # one part in so many tests the student
 MOST_TUNED = 2000  # points that the scales are tuned on
 TUNING = 2**24  # sampled outputs that they are tuned on
@@ -53,32 +54,45 @@ class Lecture(NamedTuple):
 
 
 def distil(
-    predictor: "ELLAPredictor", points: Points, world: World, layers: Layers, perturb: Perturb | None, num_points: int
+    predictor: "ELLAPredictor",
+    points: Points,
+    world: World,
+    *,
+    layers: Layers = None,
+    perturb: Perturb | None = None,
+    num_points: int = NUM_POINTS,
+    progress: Progress | None = None,
 ) -> FastPredictor:
-    """Teach a student; see `ELLAPredictor.distil`, which calls it while the predictor reads."""
+    """Teach a student; see `ELLAPredictor.distil`. It is called while the predictor reads."""
     started, generator = time.perf_counter(), torch.Generator().manual_seed(predictor.settings["seed"])
+    progress = progress or (bar if world.first else silent)
     with world.together("a look at the points to teach with"):
+        recorder = recorder_of(predictor, points, layers)
         parts = _parts(draw(num_points, points.numbers, generator))
-        recorder = _recorder(predictor, points, layers)
         seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
-    world.check_same(points.digest() if world.size > 1 else "", "points: pass a loader without a sampler for each")
     with world.together("the student's lessons"):
-        bar = tqdm(world.share(range(len(parts))), desc="ELLA lessons", unit="part", disable=not world.first)
-        given = {i: _lecture(predictor, recorder, points, parts[i], seeds[i], perturb) for i in world.watched(bar)}
+        mine = world.share(range(len(parts)))
+        batches = ((batch.inputs, batch, i) for i in mine for batch in points.batches(parts[i], predictor.device))
+        total = sum(len(parts[i]) for i in mine)
+        given: dict[int, list[Lecture]] = {i: [] for i in mine}
+        for _, batch, i in world.watched(progress(batches, "ELLA lessons", total)):
+            copies = torch.Generator().manual_seed(seeds[i] + len(given[i]))
+            given[i].append(_lecture(predictor, recorder, batch, copies, perturb))
     lectures = {number: lecture for some in world.everyone(given) for number, lecture in some.items()}
     last = len(parts) - max(1, len(parts) // TESTED)  # these and those after it test the student
-    lessons = _joined([lesson for i in range(last) for lesson in lectures[i][:2]])
-    fast = _untaught(predictor, recorder, lessons)
+    taught, tested = ([x for i in range(*ends) for x in lectures[i]] for ends in ((0, last), (last, len(parts))))
+    lessons = _joined([lesson for lecture in taught for lesson in lecture[:2]])  # type: ignore[misc]
+    with seeded(predictor.settings["seed"]):
+        fast = _untaught(predictor, recorder, lessons)
     with world.together("the student's learning"):
         if world.first:
-            student = fast.student.cpu()
-            student.learn(lessons, generator, lambda epochs: tqdm(epochs, desc="ELLA student", unit="epoch"))
-            student.to(predictor.device)
+            with seeded(predictor.settings["seed"]):
+                fast.student.cpu().learn(lessons, generator, progress)
+            fast.student.to(predictor.device)
             tests = [number for part in parts[last:] for number in part]
             others = sorted(set(points.numbers) - {number for part in parts for number in part})
-            _tune(fast, recorder, points, tests + draw(MOST_TUNED - len(tests), others, generator))
-            fast.figures = _figures(fast, [lectures[i] for i in range(last, len(parts))])
-            fast.figures["seconds"] = time.perf_counter() - started
+            _tune(fast, recorder, points, tests + draw(max(0, MOST_TUNED - len(tests)), others, generator))
+            fast.figures = _figures(fast, tested) | {"seconds": time.perf_counter() - started}
     fast.load_state_dict(world.tensors_from_first(fast.state_dict(), predictor.device))
     fast.figures = world.object_from_first(fast.figures)
     with world.quiet():
@@ -90,10 +104,10 @@ def _parts(numbers: Sequence[int]) -> list[Sequence[int]]:
     """Points that are looked at together, whatever the number of processes: their copies depend on each other."""
     if len(numbers) < FEWEST:
         raise ValueError(f"a student needs {FEWEST} points or more to learn from, but there are {len(numbers)}.")
-    return [numbers[part] for part in slices(len(numbers), min(AT_A_TIME, len(numbers) // TESTED))]
+    return [numbers[part] for part in slices(len(numbers), min(AT_A_TIME, max(1, len(numbers) // TESTED)))]
 
 
-def _recorder(predictor: "ELLAPredictor", points: Points, layers: Layers) -> Recorder:
+def recorder_of(predictor: "ELLAPredictor", points: Points, layers: Layers) -> Recorder:
     """Looks at the network where there is something to see.
 
     Raises:
@@ -102,7 +116,7 @@ def _recorder(predictor: "ELLAPredictor", points: Points, layers: Layers) -> Rec
     if predictor.settings["top_outputs"] is not None:
         raise ValueError("with top_outputs= every input has other outputs, which a student cannot learn.")
     network = Network(predictor.model, predictor.forward_function, list(predictor.basis))
-    inputs = next(iter(points.batches(points.numbers[:FEWEST], predictor.device))).inputs
+    inputs = next(iter(points.batches(points.numbers[:AT_A_TIME], predictor.device))).inputs
     if isinstance(inputs, Picked) or predictor.batched or num_samples(inputs) < 2:
         raise ValueError(
             "samples cannot be told apart in such inputs, so a student cannot learn of each of them: use the exact "
@@ -119,31 +133,19 @@ def _recorder(predictor: "ELLAPredictor", points: Points, layers: Layers) -> Rec
 
 
 def _lecture(
-    predictor: "ELLAPredictor",
-    recorder: Recorder,
-    points: Points,
-    numbers: Sequence[int],
-    seed: int,
-    perturb: Perturb | None,
+    predictor: "ELLAPredictor", recorder: Recorder, batch: Batch, generator: torch.Generator, perturb: Perturb | None
 ) -> Lecture:
-    """Ask the exact engine about some points and their copies."""
-    generator, likelihood, found = torch.Generator().manual_seed(seed), predictor.likelihood, []
-    for batch in points.batches(numbers, predictor.device):
-        copies = perturbed(batch.inputs, generator) if perturb is None else perturb(batch.inputs)
-        if num_samples(copies) != num_samples(batch.inputs):
-            raise ValueError(
-                f"perturb= must give as many samples as it gets, {num_samples(batch.inputs)}, not "
-                f"{num_samples(copies)}."
-            )
-        plain, logits, features = _asked(predictor, recorder, batch.inputs)
-        posterior = predictor.posterior
-        gaussian = posterior.outputs(logits, features, predictor.draws.to(features))
-        prediction = likelihood.predict(gaussian, predictor.settings["predictive"], posterior.temperature.to(logits))
-        targets, weights = _answers(likelihood, batch, logits)
-        answers = (part.cpu() for part in (likelihood.nll(prediction, targets), targets, weights))
-        found.append(Lecture(plain, _asked(predictor, recorder, copies)[0], *answers))
-    plain, copies, *answers = zip(*found, strict=True)
-    return Lecture(_joined(plain), _joined(copies), *map(torch.cat, answers))
+    """Ask the exact engine about a batch and a copy of it."""
+    likelihood, posterior, count = predictor.likelihood, predictor.posterior, num_samples(batch.inputs)
+    copies = perturbed(batch.inputs, generator) if perturb is None else perturb(batch.inputs)
+    if num_samples(copies) != count:
+        raise ValueError(f"perturb= must give as many samples as it gets, {count}, not {num_samples(copies)}.")
+    plain, logits, features = _asked(predictor, recorder, batch.inputs)
+    gaussian = posterior.outputs(logits, features, predictor.draws.to(features))
+    prediction = likelihood.predict(gaussian, predictor.settings["predictive"], posterior.temperature.to(logits))
+    targets, weights = _answers(likelihood, batch, logits)
+    answers = (part.cpu() for part in (likelihood.nll(prediction, targets), targets, weights))
+    return Lecture(plain, _asked(predictor, recorder, copies)[0], *answers)
 
 
 def _joined(lessons: Sequence[Lesson]) -> Lesson:

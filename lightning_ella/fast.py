@@ -49,6 +49,8 @@ class FastPredictor(Head):
     """
 
     made_again = (*Head.made_again, "_recorder")
+    temperature: Tensor
+    tempering: Tensor
 
     def __init__(
         self,
@@ -87,9 +89,8 @@ class FastPredictor(Head):
         """
         with self._lock, as_function():
             self._check_weights()
-            recorder = self._here()
             own = tree_map(_constant, plain(as_tree(inputs), self.device))
-            recorder.network.settle(own)
+            recorder = self._here(own)
             outputs, pooled = recorder(own)
             return self.predict(check_finite(outputs), pooled, recorder.network.output_shape)
 
@@ -202,8 +203,9 @@ class FastPredictor(Head):
         with self._lock, as_function():
             self._check_weights()
             own = tree_map(_constant, plain(as_tree(example), self.device))
-            self._here().network.settle(own)
             network = Network(self.model, self.forward_function, self._names(), cast=lambda _, value: value.clone())
+            network.settle(own)
+            network.own(own)  # which tells the shape of its outputs
             return export(Path(path), Recorder(network, self.places), self, own)
 
     @property
@@ -211,12 +213,14 @@ class FastPredictor(Head):
         """Where the network is."""
         return next((p.device for p in self.model.parameters()), self.temperature.device)
 
-    def _here(self) -> Recorder:
+    def _here(self, inputs: Inputs) -> Recorder:
         """The network where it is now, and the student with it."""
         if self.temperature.device != self.device:
             self.to(self.device)
         if self._recorder is None or self._recorder.network.device != self.device:
-            self._recorder = Recorder(Network(self.model, self.forward_function, self._names()), self.places)
+            network = Network(self.model, self.forward_function, self._names())
+            network.settle(inputs)
+            self._recorder = Recorder(network, self.places)
         return self._recorder
 
     def _names(self) -> list[str]:

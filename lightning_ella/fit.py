@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from .basis import nystrom_basis, sketch_numbers
 from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, num_samples, rows, slices
@@ -35,6 +34,7 @@ from .observations import Observations, checked, joined, observations, weights_o
 from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
 from .predictions import Gaussian
 from .predictor import ELLAPredictor, linearize
+from .progress import Progress, bar, silent
 from .residual import num_probes, with_probes
 from .samplers import len_of
 from .settings import Settings
@@ -45,10 +45,9 @@ log = logging.getLogger(__name__)
 
 ROWS = 20_000  # positions of all calibration points together that the scales are chosen on
 FEW = 200  # calibration points: with fewer, the NLL after calibration varies by several percent from draw to draw
+NO_LESSONS = "a student learns from unseen points, and there are none: pass calibration_loader= or a val_dataloader."
 SURE = 2.0  # standard errors that moving the mean must help by: it is then no more the network's output
 CERTAIN = 0.9  # a temperature below it makes the network surer than it is: rare on unseen points
-
-Progress = Callable[[Iterable, str, int], Iterable]  # (batches, what is done, how many points) -> batches
 
 
 @dataclass(frozen=True)
@@ -114,15 +113,17 @@ def run(
     world: World | None = None,
     stages: Stages | None = None,
     origin: str = "",
+    distil: bool = False,
 ) -> Fit:
     """As `fit_ella`, and report figures and progress.
 
     All processes of `world` call it with the same arguments and return the same predictor. `stages` keeps what is done
-    on the way, and `origin` says which weights these are, in the error that refuses others.
+    on the way, and `origin` says which weights these are, in the error that refuses others. With `distil` a student is
+    taught at the end, on the unseen points.
     """
     started, ended = time.perf_counter(), {}  # the second by stage
     world, stages = world or World(), stages or Stages()
-    progress = progress or (_tqdm if world.first else silent)
+    progress = progress or (bar if world.first else silent)
     names = chosen_names(model, parameters)
     with seeded(settings.seed), as_function(), world.quiet():
         likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
@@ -255,8 +256,14 @@ def run(
                 batched=isinstance(inputs, Picked),
                 quiet=True,
             )
-    ended["calibration"] = time.perf_counter()
-    give_back()
+        ended["calibration"] = time.perf_counter()
+        give_back()
+        if distil:
+            if held_out is None:
+                raise ValueError(NO_LESSONS)
+            fast = predictor.teach(held_out, world, progress=progress)
+            figures |= {f"fast/{name}": value for name, value in fast.figures.items()}
+            ended["student"] = time.perf_counter()
     took = {stage: end - start for (stage, end), start in zip(ended.items(), (started, *ended.values()), strict=False)}
     with world.quiet():
         log.info("ELLA: the fit took %s.", _listed(took), extra={"seconds": took})
@@ -278,6 +285,7 @@ def check(
     unpack: Unpack = inputs_and_targets,
     forward: Forward = call,
     parameters: Parameters = None,
+    distil: bool = False,
 ) -> None:
     """Go the whole way of a fit with a few points, and say how long it will take; raise what would go wrong then.
 
@@ -303,7 +311,8 @@ def check(
     few = sized.limited(num_landmarks=FEW_POINTS, num_curvature=FEW_POINTS, num_calibration=FEW_POINTS, rank=2)
     few = replace(few, engine=engine, residual=min(2, num_probes(settings.residual, settings.rank, reverse=False)))
     with _silenced():
-        run(model, start, unseen_start, few, unpack=unpack, forward=forward, parameters=parameters, progress=silent)
+        hooks = {"unpack": unpack, "forward": forward, "parameters": parameters, "distil": distil}
+        run(model, start, unseen_start, few, progress=silent, **hooks)
     log.info("ELLA: the fit at the end will take about %s.", _listed(seconds))
 
 
@@ -652,15 +661,3 @@ def _summaries(
         found["map"].append(likelihood.summary(likelihood.predict(certain, first, one), some.targets))
         found["ella"].append(likelihood.summary(likelihood.predict(learnt, predictive, temperature), some.targets))
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def _tqdm(batches: Iterable, description: str, total: int) -> Iterable:
-    with tqdm(total=total, desc=description, unit="point") as bar:
-        for batch in batches:
-            yield batch
-            bar.update(num_samples(batch[0]))
-
-
-def silent(batches: Iterable, description: str, total: int) -> Iterable:
-    """Show no progress."""
-    return batches

@@ -108,7 +108,8 @@ class Versions:
     """Which weights a network has, and how often each was written to; costs no look at the values."""
 
     def __init__(self, model: nn.Module, without: Collection[str]):
-        held = [named for module in model.modules() for named in (module._parameters, module._buffers, module._modules)]
+        plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        held = [table for module in plain for table in (module._parameters, module._buffers, module._modules)]
         self._places = [(table, name, value) for table in held for name, value in table.items()]
         self._lengths = [(table, len(table)) for table in held]
         named = [*model.named_parameters(), *model.named_buffers()]

@@ -140,8 +140,9 @@ class Spread(Gaussian):
 
     def rows(self) -> Iterator["Spread"]:
         """Some samples of the batch at a time, so many that all their draws are few enough."""
-        parts = zip(super().rows(), self.own.split(self._rows_at_a_time()), strict=True)
-        yield from (replace(part, own=own) for part, own in parts)
+        size = self._rows_at_a_time()
+        parts = zip(self.mean.split(size), self.factor.split(size), self.own.split(size), strict=True)
+        yield from (Spread(mean, factor, self.draws, own=own) for mean, factor, own in parts)
 
     def samples(self) -> Tensor:
         """Outputs (S, *, C), one for each draw."""

@@ -22,7 +22,7 @@ from .batches import Inputs, Picked, Unpack, as_tree, call, inputs_and_targets, 
 from .copies import Cast
 from .curvature import curvature
 from .data import Points, points_of, seeded
-from .distil import MOST_TUNED, distil
+from .distil import MOST_TUNED, NUM_POINTS, distil
 from .distributed import World
 from .engine import Linearization
 from .evidence import Evidence, measure
@@ -77,6 +77,7 @@ class ELLAPredictor(Head):
 
     made_again = (*Head.made_again, "_linearization", "_view", "_students")
     draws: Tensor
+    fast: FastPredictor | None  # the student that was taught last
 
     def __init__(
         self,
@@ -114,13 +115,14 @@ class ELLAPredictor(Head):
         self._quiet = quiet
         self._view: tuple[Forward, Linearization] | None = None
         self._students: weakref.WeakSet[FastPredictor] = weakref.WeakSet()
+        self.fast = None
         if more := self._linearization.network.view.counted - self.counted:
             self._recognise(self.counted | more)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the parts; the view is made when it is needed."""
         super().__setstate__(state)
-        self._view, self._students = None, weakref.WeakSet()
+        self._view, self._students = None, weakref.WeakSet([self.fast] if self.fast else [])
 
     @cached_property
     def _linearization(self) -> Linearization:
@@ -197,7 +199,7 @@ class ELLAPredictor(Head):
         *,
         layers: Layers = None,
         perturb: Perturb | None = None,
-        num_points: int = 750,
+        num_points: int = NUM_POINTS,
         distributed: bool = False,
     ) -> FastPredictor:
         """Teach a student what this predictor says, and return a predictor for the price of one forward pass.
@@ -225,18 +227,27 @@ class ELLAPredictor(Head):
                 samples that cannot be told apart, fewer than ten points.
         """
         at_least_one("num_points", num_points)
-        with self._lock:
-            world = World.of_all(self.device) if distributed else World()
-            with world.together("a look at the loader"):
-                points = points_of(loader, unpack, num_points + MOST_TUNED)
-                if world.size > 1 and not points.shareable:
-                    raise ValueError(
-                        "each of several processes would read other points from such a loader: pass a DataLoader of a "
-                        "map-style dataset."
-                    )
-            with self._reading():
-                fast = distil(self, points, world, layers, perturb, num_points)
-            self._students.add(fast)
+        world = World.of_all(self.device) if distributed else World()
+        with world.together("a look at the loader"):
+            points = points_of(loader, unpack, num_points + MOST_TUNED)
+            if world.size > 1 and not points.shareable:
+                raise ValueError(
+                    "each of several processes would read other points from such a loader: pass a DataLoader of a "
+                    "map-style dataset."
+                )
+        world.check_same(points.digest() if world.size > 1 else "", "points: pass a loader without a sampler for each")
+        with world.quiet():
+            return self.teach(points, world, layers=layers, perturb=perturb, num_points=num_points)
+
+    def teach(self, points: Points, world: World, **how: Any) -> FastPredictor:
+        """As `distil`, from points that are numbered already; `how` is as for the function `distil`."""
+        with self._reading():
+            return self.adopt(distil(self, points, world, **how))
+
+    def adopt(self, fast: FastPredictor) -> FastPredictor:
+        """Keep a student of this posterior, which then follows `update` and `forget`."""
+        self._students.add(fast)
+        object.__setattr__(self, "fast", fast)  # not registered: it has a file of its own
         return fast
 
     def update(

@@ -6,7 +6,6 @@ the length of those outside the span, and the novelty. So the posterior may move
 """
 
 import math
-from collections.abc import Callable, Iterable
 from typing import NamedTuple, Self
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.functional import mse_loss
 from .likelihoods import Likelihood
 from .posterior import Posterior
 from .predictions import Spread
+from .progress import Progress, silent
 from .residual import novelty
 
 WIDTH = 256  # of the hidden layers
@@ -84,6 +84,11 @@ class Student(nn.Module):
         invariant: whether a constant added to all outputs changes nothing.
     """
 
+    seen_mean: Tensor
+    seen_deviation: Tensor
+    said_mean: Tensor
+    said_deviation: Tensor
+
     def __init__(self, width: int, num_outputs: int, rank: int, has_outside: bool, invariant: bool):
         super().__init__()
         self.num_outputs, self.rank, self.has_outside, self.invariant = num_outputs, rank, has_outside, invariant
@@ -122,13 +127,13 @@ class Student(nn.Module):
         logs = [outputs.log_softmax(-1), outputs.softmax(-1)] if self.invariant else [outputs]
         return torch.cat([pooled, *logs], 1).to(self.seen_mean)
 
-    def learn(self, lessons: Lesson, generator: torch.Generator, watch: Callable[[Iterable], Iterable]) -> None:
+    def learn(self, lessons: Lesson, generator: torch.Generator, progress: Progress = silent) -> None:
         """Learn from all of the lessons, a few epochs long.
 
         Args:
             lessons: n inputs.
             generator: of their order.
-            watch: shows the progress of an iterable of epochs.
+            progress: shows it.
         """
         n = len(lessons.outputs)
         seen = self._seen(lessons.pooled, lessons.outputs)
@@ -143,17 +148,18 @@ class Student(nn.Module):
         optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=DECAY)
         steps = EPOCHS * math.ceil(n / BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+        orders = (torch.randperm(n, generator=generator).split(BATCH) for _ in range(EPOCHS))
+        batches = ((seen[some], said[some]) for order in orders for some in order)
         self.train().requires_grad_(True)
         with torch.enable_grad():
-            for _ in watch(range(EPOCHS)):
-                for some in torch.randperm(n, generator=generator).split(BATCH):
-                    answer = self.layers(seen[some])
-                    loss = mse_loss(answer[:, :directions], said[some, :directions])
-                    loss = loss + mse_loss(answer[:, directions:], said[some, directions:])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
+            for some, right in progress(batches, "ELLA student", EPOCHS * n):
+                answer = self.layers(some)
+                loss = mse_loss(answer[:, :directions], right[:, :directions])
+                loss = loss + mse_loss(answer[:, directions:], right[:, directions:])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
         self.eval().requires_grad_(False)
 
 
@@ -168,6 +174,13 @@ class Translation(nn.Module):
         root: R (K, K) of the posterior that the student was taught, whose directions it knows.
         draws: (S, K + C) standard normal numbers.
     """
+
+    root: Tensor
+    scale: Tensor
+    draws: Tensor
+    move: Tensor
+    turn: Tensor
+    outside: Tensor
 
     def __init__(self, root: Tensor, draws: Tensor):
         super().__init__()

@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from .data import Unpack
 from .distributed import World
-from .fit import Progress, silent
 from .linearize import num_samples
 from .numerics import WITHOUT_FLOAT64
+from .progress import Progress, silent
 from .samplers import len_of
 
 PACKAGES = {"lightning", "pytorch_lightning", "lightning_fabric"}
