@@ -62,8 +62,8 @@ class Recorder:
             raise ValueError(f"the network does not call {missing[0]} for all inputs: pass layers= without it.")
         mask, nothing = mask_of(inputs), outputs[:, :0]
         moments = [_moments(place, self._kept[place.module], mask) for place in self.places]
-        means, squares = (torch.cat([nothing, *(pair[i] for pair in moments)], 1) for i in range(2))
-        return torch.cat([means, (squares - means.square()).clamp_min(0).sqrt()], 1)
+        means, variances = (torch.cat([nothing, *(pair[i] for pair in moments)], 1) for i in range(2))
+        return torch.cat([means, variances.sqrt()], 1)
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self._kept[name] = output
@@ -101,12 +101,14 @@ def find_places(network: Network, inputs: Inputs, layers: Layers = None) -> list
     wanted = modules if layers is None else _named(modules, layers)
     seen = _seen(network, wanted, inputs)
     if layers is None:
-        seen = [place for place in seen if place.module in _opened(network.view.root, {p.module for p in seen})]
-        if len(seen) > MOST:
-            seen = [seen[round(i * (len(seen) - 1) / (MOST - 1))] for i in range(MOST)]
-    if not seen and layers is not None:
+        level = _opened(network.view.root, {place.module: tensor.data_ptr() for place, tensor in seen.items()})
+        seen = {place: tensor for place, tensor in seen.items() if place.module in level}
+    places = list({tensor.data_ptr(): place for place, tensor in reversed(seen.items())}.values())[::-1]  # each once
+    if layers is None and len(places) > MOST:
+        places = [places[round(i * (len(places) - 1) / (MOST - 1))] for i in range(MOST)]
+    if not places and layers is not None:
         raise ValueError(f"layers={layers!r} chooses modules that put out no tensor with a row for each sample.")
-    return seen
+    return places
 
 
 def mask_of(inputs: Inputs) -> Tensor | None:
@@ -124,8 +126,8 @@ def _named(modules: Mapping[str, nn.Module], layers: str | Collection[str]) -> d
     return {name: module for name, module in modules.items() if any(fnmatchcase(name, p) for p in patterns)}
 
 
-def _seen(network: Network, modules: Mapping[str, nn.Module], inputs: Inputs) -> list[Place]:
-    """Every tensor with a row for each sample, in the order in which it is made; one that several put out is one.
+def _seen(network: Network, modules: Mapping[str, nn.Module], inputs: Inputs) -> dict[Place, Tensor]:
+    """Every tensor with a row for each sample, in the order in which modules end, but for the network's outputs.
 
     The rows must be those of the samples: with fewer of them, in another order, and alone.
     """
@@ -136,17 +138,16 @@ def _seen(network: Network, modules: Mapping[str, nn.Module], inputs: Inputs) ->
         with keeping(modules) as kept:
             outputs.append(network.own(rows(inputs, order)))
         looks.append(kept)
-    known, found = {outputs[0].data_ptr()}, []
+    found = {}
     for name in looks[0]:
         for leaf, several in enumerate(zip(*(tree_leaves(look.get(name)) for look in looks), strict=False)):
             place = _place(name, leaf, modules[name], several, orders)
-            if place is None or several[0].data_ptr() in known:
+            if place is None or several[0].data_ptr() == outputs[0].data_ptr():
                 continue
-            known.add(several[0].data_ptr())
             pairs = zip(looks, orders, strict=True)
             means = [_moments(place, look[name], mask_of(rows(inputs, order)))[0] for look, order in pairs]
             if all(_same(means[0][order], each) for order, each in zip(orders, means, strict=True)):
-                found.append(place)
+                found[place] = several[0]
     return found
 
 
@@ -183,7 +184,7 @@ def _channel_axis(module: nn.Module, output: Tensor, batch: int) -> int:
     return usual
 
 
-def _opened(root: nn.Module, usable: Collection[str]) -> set[str]:
+def _opened(root: nn.Module, usable: Mapping[str, int]) -> set[str]:
     """Names of modules, none within another, that together put out enough tensors; a level deeper until they do."""
     level = {"": root}
     while True:
@@ -192,20 +193,23 @@ def _opened(root: nn.Module, usable: Collection[str]) -> set[str]:
             children = {f"{name}.{child}".lstrip("."): part for child, part in module.named_children()}
             inside = [each for each in usable if each != name and each.startswith(f"{name}." if name else "")]
             deeper |= children if children and inside else {name: module}
-        if deeper.keys() == level.keys() or len(usable & level.keys()) >= ENOUGH:
-            return set(usable & level.keys())
+        here = usable.keys() & level.keys()
+        if deeper.keys() == level.keys() or len({usable[name] for name in here}) >= ENOUGH:
+            return here
         level = deeper
 
 
 def _moments(place: Place, output: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Means of one place's values and of their squares, (B, width) each: `var` is thirty times slower on a CPU."""
+    """Means and variances of one place's values, (B, width) each; `torch.var` is thirty times slower on a CPU."""
     values = tree_leaves(output)[place.leaf]
     values = values.movedim((place.batch, place.channel), (0, -1))  # (B, *, C)
     if values.ndim == 2:
-        return values, values.square()
+        return values, torch.zeros_like(values)
     if mask is not None and values.ndim == 3 and mask.shape[1] == values.shape[1]:
         weights = mask.to(values).unsqueeze(-1)  # (B, L, 1)
         weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
-        return (weights * values).sum(1), (weights * values.square()).sum(1)
+        mean = (weights * values).sum(1, keepdim=True)
+        return mean.squeeze(1), (weights * (values - mean).square()).sum(1)
     positions = tuple(range(1, values.ndim - 1))
-    return values.mean(positions), values.square().mean(positions)
+    mean = values.mean(positions, keepdim=True)
+    return mean.flatten(1), (values - mean).square().mean(positions)

@@ -38,9 +38,9 @@ MOST_TUNED = 2000  # points that the scales are tuned on
 TUNING = 2**24  # sampled outputs that they are tuned on
 DRAWS = 64  # of the posterior, for each of these
 # Standard deviations of the scales, in e-folds, around those of the exact predictor: a student is about as sure.
-WIDTHS = {"variance": 0.25, "temperature": 0.02}
+WIDTHS = {"variance": 0.1, "temperature": 0.02}
 CLOSE = 0.7  # correlation of log-variances, below which a student is said to follow loosely
-WORSE = 0.01  # of the NLL, beyond which it is
+WORSE, SURE = 0.01, 2.0  # share of the NLL, and standard errors, by which it may be higher
 
 
 class Lecture(NamedTuple):
@@ -235,8 +235,11 @@ def _figures(fast: FastPredictor, lectures: Sequence[Lecture]) -> dict[str, floa
     nll, targets, weights = (torch.cat([getattr(x, name) for x in lectures]) for name in ("nll", "targets", "weights"))
     prediction = fast.predict(exact.outputs.to(fast.device), exact.pooled.to(fast.device))
     ours = fast.likelihood.nll(prediction, targets.to(fast.device)).to(nll)
-    total = weights.sum().clamp_min(1)
+    total, change = weights.sum().clamp_min(1), weights * (ours - nll)
     figures |= {"nll_exact": float((weights * nll).sum() / total), "nll": float((weights * ours).sum() / total)}
+    figures["nll_error"] = (
+        float(change.std() * len(change) ** 0.5 / total) if len(change) > 1 else 0.0
+    )  # of their difference
     return figures | {"variance_scale": float(fast.translation.scale), "temperature": float(fast.temperature)}
 
 
@@ -261,7 +264,8 @@ def _tell(figures: Mapping[str, float], count: int, recorder: Recorder) -> None:
         *(figures["nll"], figures["nll_exact"], figures["seconds"]),
     )
     closest = min(value for name, value in figures.items() if name.startswith("variance_correlation"))
-    if closest < CLOSE or figures["nll"] > figures["nll_exact"] + WORSE * abs(figures["nll_exact"]):
+    allowed = max(WORSE * abs(figures["nll_exact"]), SURE * figures["nll_error"])
+    if closest < CLOSE or figures["nll"] > figures["nll_exact"] + allowed:
         log.warning(
             "ELLA: the student follows the exact predictor loosely: teach it with more points (num_points=), or ask "
             "the exact one."

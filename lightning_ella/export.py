@@ -51,6 +51,8 @@ def export(path: Path, recorder: Recorder, fast: "FastPredictor", example: Input
         raise
     except Exception as error:  # whatever a network does that no program can
         reason = str(error).strip().split("\n")[0]
+        if "specialized" in str(error):
+            reason = "something in it fixes the number of samples, as len(x) does: use x.shape[0]."
         raise ValueError(f"the network cannot be written as a program of {path.suffix}: {reason}") from error
     return path
 

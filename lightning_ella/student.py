@@ -22,6 +22,7 @@ WIDTH = 256  # of the hidden layers
 DROPOUT = 0.2
 FARTHEST = 4.0  # standard deviations from the mean that an input of the student counts as
 EPOCHS, BATCH, RATE, DECAY = 40, 64, 2e-3, 1e-2  # of the teaching: AdamW in one cycle (Smith and Topin 2019)
+ROUNDING = 1e-5  # of a number, that it varies by without a reason
 TINY = 1e-30  # a variance that counts as none
 SURE = 1e-6  # the novelty's distance from 0 and 1
 
@@ -138,12 +139,12 @@ class Student(nn.Module):
         n = len(lessons.outputs)
         seen = self._seen(lessons.pooled, lessons.outputs)
         said = torch.cat([part.flatten(1) for part in lessons[2:]], 1)
-        self.seen_mean, self.seen_deviation = seen.mean(0), _positive(seen.std(0))
+        self.seen_mean, self.seen_deviation = seen.mean(0), _positive(seen.std(0), seen.mean(0))
         directions = self.sizes[0]  # whose scale is common: they are parts of unit vectors
         self.said_mean = said.mean(0).index_fill(0, torch.arange(directions), 0)
         deviation = said.std(0)
         deviation[:directions] = said[:, :directions].square().mean().sqrt()
-        self.said_deviation = _positive(deviation)
+        self.said_deviation = _positive(deviation, self.said_mean)
         seen, said = self.standardised(lessons.pooled, lessons.outputs), (said - self.said_mean) / self.said_deviation
         optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=DECAY)
         steps = EPOCHS * math.ceil(n / BATCH)
@@ -163,8 +164,9 @@ class Student(nn.Module):
         self.eval().requires_grad_(False)
 
 
-def _positive(deviation: Tensor) -> Tensor:
-    return torch.where(deviation > 1e-6, deviation, 1)
+def _positive(deviation: Tensor, mean: Tensor) -> Tensor:
+    """One where there is none but that of rounding."""
+    return torch.where(deviation > ROUNDING * (1 + mean.abs()), deviation, 1)
 
 
 class Translation(nn.Module):
