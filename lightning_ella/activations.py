@@ -14,7 +14,9 @@ from .batches import Inputs, Picked, num_samples, rows
 from .linearize import Network, hooked
 
 ENOUGH = 6  # places: modules are opened until there are as many
+WIDEST = 4096  # channels that a place may have: those of an image laid flat are no summary
 MOST = 8  # places that are looked at; of more, as many at equal distances
+ROUNDING = 1e-4  # of the mean: a standard deviation below it is one of rounding
 SAME = 1e-3  # of the largest, that pooled activations of a sample may differ by in another batch
 Layers = str | Collection[str] | None
 
@@ -27,6 +29,12 @@ class Place(NamedTuple):
     batch: int  # the axis of the samples
     channel: int  # and of the channels; all others are positions
     width: int  # channels
+    positions: bool  # whether there are any
+
+
+def pooled_width(places: Sequence[Place]) -> int:
+    """A: a mean for each channel, and a standard deviation where there are positions."""
+    return sum(place.width * (1 + place.positions) for place in places)
 
 
 class Recorder:
@@ -57,13 +65,13 @@ class Recorder:
         return outputs, pooled
 
     def pooled(self, inputs: Inputs, outputs: Tensor) -> Tensor:
-        """Means over the positions of all places, and then standard deviations, (B, A)."""
+        """Means and standard deviations over the positions of one place after the other, (B, A)."""
         if missing := [place.module for place in self.places if place.module not in self._kept]:
             raise ValueError(f"the network does not call {missing[0]} for all inputs: pass layers= without it.")
-        mask, nothing = mask_of(inputs), outputs[:, :0]
-        moments = [_moments(place, self._kept[place.module], mask) for place in self.places]
-        means, variances = (torch.cat([nothing, *(pair[i] for pair in moments)], 1) for i in range(2))
-        return torch.cat([means, variances.sqrt()], 1)
+        mask, parts = mask_of(inputs), [outputs[:, :0]]
+        for place in self.places:
+            parts += _moments(place, self._kept[place.module], mask)
+        return torch.cat(parts, 1)
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self._kept[name] = output
@@ -133,19 +141,20 @@ def _seen(network: Network, modules: Mapping[str, nn.Module], inputs: Inputs) ->
     """
     count = num_samples(inputs)
     orders = torch.arange(count), torch.arange(count - 1), torch.arange(count).flip(0), torch.tensor([count // 2])
-    looks, outputs = [], []
-    for order in orders:
+    looks, outputs, asked = [], [], [rows(inputs, order) for order in orders]
+    for some in asked:
         with keeping(modules) as kept:
-            outputs.append(network.own(rows(inputs, order)))
+            outputs.append(network.own(some))
         looks.append(kept)
+    given = {leaf.data_ptr() for leaf in tree_leaves(asked[0]) if isinstance(leaf, Tensor)}
     found = {}
     for name in looks[0]:
         for leaf, several in enumerate(zip(*(tree_leaves(look.get(name)) for look in looks), strict=False)):
             place = _place(name, leaf, modules[name], several, orders)
-            if place is None or several[0].data_ptr() == outputs[0].data_ptr():
+            if place is None or several[0].data_ptr() in given | {outputs[0].data_ptr()}:
                 continue
-            pairs = zip(looks, orders, strict=True)
-            means = [_moments(place, look[name], mask_of(rows(inputs, order)))[0] for look, order in pairs]
+            pairs = zip(looks, asked, strict=True)
+            means = [_moments(place, look[name], mask_of(some))[0] for look, some in pairs]
             if all(_same(means[0][order], each) for order, each in zip(orders, means, strict=True)):
                 found[place] = several[0]
     return found
@@ -162,7 +171,9 @@ def _place(name: str, leaf: int, module: nn.Module, several: Sequence[Any], orde
         return None
     batch = lengths.index(counts)
     channel = _channel_axis(module, first, batch)
-    return Place(name, leaf, batch, channel, first.shape[channel])
+    if first.shape[channel] > WIDEST:
+        return None
+    return Place(name, leaf, batch, channel, first.shape[channel], positions=first.ndim > 2)
 
 
 def _is_plain(leaf: Any) -> bool:
@@ -199,17 +210,20 @@ def _opened(root: nn.Module, usable: Mapping[str, int]) -> set[str]:
         level = deeper
 
 
-def _moments(place: Place, output: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Means and variances of one place's values, (B, width) each; `torch.var` is thirty times slower on a CPU."""
+def _moments(place: Place, output: Any, mask: Tensor | None) -> list[Tensor]:
+    """Mean and standard deviation of one place, (B, width) each; `torch.std` is thirty times slower on a CPU."""
     values = tree_leaves(output)[place.leaf]
     values = values.movedim((place.batch, place.channel), (0, -1))  # (B, *, C)
-    if values.ndim == 2:
-        return values, torch.zeros_like(values)
+    if not place.positions:
+        return [values]
     if mask is not None and values.ndim == 3 and mask.shape[1] == values.shape[1]:
         weights = mask.to(values).unsqueeze(-1)  # (B, L, 1)
         weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
         mean = (weights * values).sum(1, keepdim=True)
-        return mean.squeeze(1), (weights * (values - mean).square()).sum(1)
-    positions = tuple(range(1, values.ndim - 1))
-    mean = values.mean(positions, keepdim=True)
-    return mean.flatten(1), (values - mean).square().mean(positions)
+        variance = (weights * (values - mean).square()).sum(1)
+    else:
+        positions = tuple(range(1, values.ndim - 1))
+        mean = values.mean(positions, keepdim=True)
+        variance = (values - mean).square().mean(positions)
+    mean = mean.flatten(1)
+    return [mean, torch.where(variance > (ROUNDING * mean).square(), variance, 0).sqrt()]

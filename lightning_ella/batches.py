@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import SUPPORTED_NODES, register_pytree_node, tree_leaves, tree_map
+from torch.utils._pytree import (
+    SUPPORTED_NODES,
+    GetAttrKey,
+    MappingKey,
+    register_pytree_node,
+    tree_leaves,
+    tree_map,
+)
 
 log = logging.getLogger(__name__)
 
@@ -131,12 +138,20 @@ def as_tree(value: Any) -> Any:
                 kind,
                 lambda mapping: (list(mapping.values()), list(mapping)),
                 lambda values, keys: kind(dict(zip(keys, values, strict=True))),  # type: ignore[call-arg]
+                flatten_with_keys_fn=lambda mapping: (  # type: ignore[arg-type]
+                    [(MappingKey(key), value) for key, value in mapping.items()],
+                    list(mapping),
+                ),
             )
         elif is_dataclass(value) and not isinstance(value, type):
             register_pytree_node(
                 kind,
                 lambda parts: ([getattr(parts, field.name) for field in fields(parts)], None),
                 lambda values, _: _dataclass_of(kind, values),
+                flatten_with_keys_fn=lambda parts: (  # type: ignore[arg-type]
+                    [(GetAttrKey(field.name), getattr(parts, field.name)) for field in fields(parts)],
+                    None,
+                ),
             )
     for child in _children(value):
         as_tree(child)

@@ -8,8 +8,8 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from . import trainers
 from .data import Unpack, inputs_and_targets, points_of
+from .distil import MOST_TUNED, NUM_POINTS
 from .distributed import World
 from .fast import FastPredictor
 from .fit import Fit, check, run
@@ -39,6 +40,7 @@ from .view import View
 log = logging.getLogger(__name__)
 
 ARGUMENTS = ("unpack", "forward", "parameters", "train_loader", "calibration_loader")  # which pickle may not keep
+FEW_LESSONS = 8  # for a student under `fast_dev_run`
 AGAIN = "Mend it and fit again from the checkpoint, with max_epochs=0"
 
 
@@ -182,7 +184,8 @@ class ELLACallback(Callback):
             apart = self._takes_the_best(trainer) or place != trainer.strategy.root_device
             network = _copied(pl_module, lambda value: value.to(place)) if apart else pl_module
             with self._remembered(trainer, pl_module, "network and data were looked at"):
-                check(network, train, calibration, self._fitting(trainer, train), **self._functions(trainer))
+                few = self._fitting(trainer, train)
+                check(network, train, calibration, few, **self._functions(trainer), distil=self.distil)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note that there is a training run to protect from errors."""
@@ -199,6 +202,12 @@ class ELLACallback(Callback):
             self._attach(pl_module, job.network, fit.predictor)
             with job.world.together("writing the posterior and its figures"):
                 self._report(trainer, fit, job)
+            if self.distil:
+                watched = self._remembered(trainer, pl_module, "a student was taught")
+                with isolate_rng(), trainers.validating(trainer), watched as memory:
+                    fast = self._taught(trainer, job, pl_module.device)
+                with job.world.together("writing the student and its figures"):
+                    self._report_student(trainer, fast, job)
         except Exception as error:
             state, kept = self._failed(trainer, pl_module, error), "" if job is None else _left_beside(job.path)
             if self.on_error == "raise" or not self._trained:  # no training run to protect
@@ -277,9 +286,7 @@ class ELLACallback(Callback):
         return _Job(world, network, origin, train, calibration, path, checkpoint, stages)
 
     def _fit(self, trainer: Trainer, job: "_Job", home: torch.device) -> Fit:
-        try:
-            with job.world.together("moving the network"):
-                job.network.to(trainers.place_of(trainer))
+        with self._where_it_is_fitted(trainer, job, home):
             fit = run(
                 job.network,
                 job.train,
@@ -291,16 +298,38 @@ class ELLACallback(Callback):
                 origin=job.origin,
                 **self._functions(trainer),
             )
-        finally:
-            job.network.to(home)
         if home != trainers.place_of(trainer):
             fit.predictor.to(home)
         return fit
 
+    def _taught(self, trainer: Trainer, job: "_Job", home: torch.device) -> FastPredictor:
+        """A student of the predictor, from the unseen points."""
+        assert self._outcome is not None
+        assert self._outcome.predictor is not None
+        most = FEW_LESSONS if trainers.is_fast_dev_run(trainer) else NUM_POINTS
+        with self._where_it_is_fitted(trainer, job, home), job.world.quiet():
+            with job.world.together("a look at the points to teach with"):
+                points = points_of(job.calibration, trainers.as_in_training(trainer, self.unpack), most + MOST_TUNED)
+            how = {"num_points": most, "progress": trainers.bars(trainer)}
+            fast = self._outcome.predictor.teach(points, job.world, **how)
+        if job.network is not trainer.lightning_module:
+            fast.register_forward_pre_hook(functools.partial(_follow, trainer.lightning_module))
+        return fast
+
+    @contextmanager
+    def _where_it_is_fitted(self, trainer: Trainer, job: "_Job", home: torch.device) -> Iterator[None]:
+        """Have the network there for a while."""
+        try:
+            with job.world.together("moving the network"):
+                job.network.to(trainers.place_of(trainer))
+            yield
+        finally:
+            job.network.to(home)
+
     def _functions(self, trainer: Trainer) -> dict[str, Any]:
         """What the user's functions say about batches and network."""
         unpack = trainers.as_in_training(trainer, self.unpack)
-        return {"unpack": unpack, "forward": self.forward, "parameters": self.parameters, "distil": self.distil}
+        return {"unpack": unpack, "forward": self.forward, "parameters": self.parameters}
 
     def _remembered(
         self, trainer: Trainer, pl_module: LightningModule, while_: str
@@ -340,7 +369,7 @@ class ELLACallback(Callback):
         else:
             network, _ = self._network(trainer, pl_module, record.checkpoint)
             predictor = ELLAPredictor.load(record.path, network, self.forward)
-            if self.distil:
+            if self.distil and _fast_path(record.path).exists():
                 predictor.adopt(FastPredictor.load(_fast_path(record.path), network, self.forward))
             self._attach(pl_module, network, predictor, record.path)
 
@@ -406,8 +435,6 @@ class ELLACallback(Callback):
         if not trainers.is_fast_dev_run(trainer):
             try:
                 log.info("ELLA: the posterior is in %s", fit.predictor.save(job.path))
-                if fit.predictor.fast is not None:
-                    log.info("ELLA: the student is in %s", fit.predictor.fast.save(_fast_path(job.path)))
                 if self._outcome is not None:
                     self._outcome.file = str(job.path)
                 records(trainer)[str(self.path)] = Record(os.getpid(), str(job.path), job.checkpoint)
@@ -422,6 +449,16 @@ class ELLACallback(Callback):
         log.info("ELLA: done in %.0f s.", figures["ella/seconds"])
         if errors:
             raise errors[0]
+
+    def _report_student(self, trainer: Trainer, fast: FastPredictor, job: "_Job") -> None:
+        """Write and log."""
+        figures = {f"fast/{name}": value for name, value in fast.figures.items()}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+        if trainer.is_global_zero:
+            if not trainers.is_fast_dev_run(trainer):
+                log.info("ELLA: the student is in %s", fast.save(_fast_path(job.path)))
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=trainer.global_step)
 
     def _path(self, trainer: Trainer, network: LightningModule) -> Path:
         if self.path is not None:

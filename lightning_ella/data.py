@@ -523,16 +523,19 @@ def _take(batch: Batch, which: Tensor) -> Batch:
 
 
 def _merged(chunks: list[Chunk]) -> list[Chunk]:
+    return [Chunk(batch, torch.zeros(len(batch.targets))) for batch in merged([chunk.batch for chunk in chunks])]
+
+
+def merged(batches: Iterable[Batch]) -> list[Batch]:
     """Put together the points whose tensors have the same shapes, and whose constants are the same."""
     alike: dict[Any, list[Batch]] = {}
-    for chunk in chunks:
-        leaves, structure = tree_flatten(as_tree(chunk.batch))
+    for batch in batches:
+        leaves, structure = tree_flatten(as_tree(batch))
         kinds = [
             (leaf.dtype, leaf.shape[1:]) if isinstance(leaf, Tensor) and leaf.ndim else str(leaf) for leaf in leaves
         ]
-        alike.setdefault((str(structure), *kinds), []).append(chunk.batch)
-    together = [tree_map(_concatenated, *batches) for batches in alike.values()]
-    return [Chunk(batch, torch.zeros(len(batch.targets))) for batch in together]
+        alike.setdefault((str(structure), *kinds), []).append(batch)
+    return [tree_map(_concatenated, *some) for some in alike.values()]
 
 
 def _concatenated(*leaves: Any) -> Any:

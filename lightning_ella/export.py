@@ -77,8 +77,8 @@ class Served(nn.Module):
         network = recorder.network
         outputs = network._forward(network.model, inputs)
         outputs = getattr(outputs, "logits", getattr(outputs, "prediction", outputs))
-        outputs = outputs if outputs.ndim > 1 else outputs.unsqueeze(1)
-        prediction = fast.predict(outputs, recorder.pooled(inputs, outputs), network.output_shape)
+        outputs = outputs.reshape(-1, fast.student.num_outputs)  # which some squeeze
+        prediction = fast.predict(outputs, recorder.pooled(inputs, outputs))
         logits = prediction.logits
         prediction.logits = Whole(**{part.name: getattr(logits, part.name) for part in fields(logits)})
         said = {name: getattr(prediction, name) for name in _names(prediction)}

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import artefact
-from .activations import Place, Recorder
+from .activations import Place, Recorder, pooled_width
 from .batches import Inputs, as_tree, call, plain
 from .export import export
 from .head import Head, compare
@@ -31,7 +31,7 @@ class FastPredictor(Head):
     Calling it with a batch gives a prediction of the class, and with the names, that the exact predictor gives. Its
     covariance is that of a student: what it knows of the K directions, and a variance of each output's own. So it knows
     each input by itself: for joint samples and differences ask the exact predictor. Of classes, variances are those of
-    the logits minus their mean over the classes, which is all that probabilities depend on.
+    the logits minus their mean over the classes, which is all that probabilities depend on (but for "probit").
 
     `ELLAPredictor.distil` makes one.
 
@@ -40,7 +40,8 @@ class FastPredictor(Head):
         student: says what the exact engine would.
         translation: makes outputs of what it says.
         places: where it looks.
-        temperature: what the logits are divided by before they become probabilities, ().
+        output_shape: of what the network gives for one input, () or (C,).
+        teacher: says which posterior it was taught by; see `ELLAPredictor.adopt`.
         forward: how to call the network.
         settings: those of the exact predictor.
         origin: says which weights these are, in the error that refuses others.
@@ -49,8 +50,8 @@ class FastPredictor(Head):
     """
 
     made_again = (*Head.made_again, "_recorder")
-    temperature: Tensor
-    tempering: Tensor
+    student: Student
+    translation: Translation
 
     def __init__(
         self,
@@ -59,7 +60,8 @@ class FastPredictor(Head):
         student: Student,
         translation: Translation,
         places: Sequence[Place],
-        temperature: Tensor,
+        output_shape: Sequence[int],
+        teacher: str,
         forward: Forward = call,
         settings: Mapping[str, Any],
         origin: str = "",
@@ -67,13 +69,13 @@ class FastPredictor(Head):
         figures: Mapping[str, float] | None = None,
     ):
         super().__init__(model, forward, origin, counted)
-        self.student, self.translation, self.places = student, translation, list(places)
-        self.register_buffer("temperature", temperature)
-        self.register_buffer("tempering", torch.ones_like(temperature))  # by which the student's is another
+        # Not registered, as the network is not: on its network, it would else enter the network's state_dict.
+        object.__setattr__(self, "student", student.eval().requires_grad_(False))
+        object.__setattr__(self, "translation", translation)
+        self.places, self.output_shape, self.teacher = list(places), tuple(output_shape), teacher
         self.settings, self.figures = dict(settings), dict(figures or {})
         self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
         self._recorder: Recorder | None = None
-        self.eval().requires_grad_(False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the parts; the view is made when it is needed."""
@@ -88,27 +90,24 @@ class FastPredictor(Head):
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
         with self._lock, as_function():
-            self._check_weights()
             own = tree_map(_constant, plain(as_tree(inputs), self.device))
-            recorder = self._here(own)
-            outputs, pooled = recorder(own)
-            return self.predict(check_finite(outputs), pooled, recorder.network.output_shape)
+            outputs, pooled = self._here(own)(own)
+            return self.predict(check_finite(outputs), pooled)
 
-    def predict(self, outputs: Tensor, pooled: Tensor, shape: tuple[int, ...] | None = None) -> Any:
+    def predict(self, outputs: Tensor, pooled: Tensor) -> Any:
         """The prediction for outputs (B, C) and pooled activations (B, A) of the network."""
         said = self.student(pooled, outputs)
-        gaussian = self.translation(outputs, said)
-        temperature = self.temperature.to(outputs)
+        gaussian, temperature = self.translation(outputs, said), self.translation.temperature.to(outputs)
         prediction = self.likelihood.predict(gaussian, self.settings["predictive"], temperature)
-        prediction.axis = -1 if shape is None or shape else None
+        prediction.axis = -1 if self.output_shape else None
         if self.student.has_outside:
             prediction.novelty = said.novelty.squeeze(1).sigmoid().to(outputs)
         return prediction
 
     def follow(self, posterior: Posterior) -> Self:
         """Take another posterior over the same directions, as after `ELLAPredictor.update`."""
-        self.translation.follow(posterior)
-        self.temperature = posterior.temperature.to(self.temperature) * self.tempering
+        with self._lock:
+            self.translation.follow(posterior)
         return self
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -117,16 +116,21 @@ class FastPredictor(Head):
         Raises:
             OSError: if it cannot be written.
         """
-        metadata = {
-            "format": FORMAT,
-            "settings": json.dumps(self.settings),
-            "fingerprint": json.dumps(self.fingerprint),
-            "origin": self.origin,
-            "counted": json.dumps(sorted(self.counted)),
-            "places": json.dumps(self.places),
-            "figures": json.dumps(self.figures),
-        }
-        return artefact.write(path, self.state_dict(), metadata)
+        described = {name: getattr(self, name) for name in _DESCRIBED} | {"counted": sorted(self.counted)}
+        metadata = {name: json.dumps(value) for name, value in described.items()}
+        return artefact.write(path, self.tensors(), metadata | {"format": FORMAT})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of student and translation, by name."""
+        parts = {"student": self.student, "translation": self.translation}
+        return {f"{part}.{name}": value for part, kept in parts.items() for name, value in kept.state_dict().items()}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Have other values in student and translation, by the same names."""
+        for part, kept in {"student": self.student, "translation": self.translation}.items():
+            prefix = f"{part}."
+            kept.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+        return self
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, forward: Forward = call) -> Self:
@@ -142,54 +146,57 @@ class FastPredictor(Head):
             ValueError: if the file is no fast predictor, is not as it was written, or belongs to another network or to
                 other weights.
         """
-        found: dict[str, Any] = {}
+        made: dict[str, Self] = {}
 
         def accept(metadata: dict[str, str], shapes: artefact.Shapes) -> None:
             try:
-                parts = {name: json.loads(metadata[name]) for name in ("fingerprint", "counted", "places", "figures")}
-                found.update(
-                    parts, origin=metadata["origin"], settings=asdict(Settings(**json.loads(metadata["settings"])))
-                )
-                found["places"] = [Place(*place) for place in found["places"]]
-                rank = shapes["translation.root"][1][0]
-                found["sizes"] = rank, shapes["translation.draws"][1][1] - rank
-            except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+                known = {name: json.loads(metadata[name]) for name in _DESCRIBED}
+                theirs = {name: str(known["fingerprint"][name]) for name in ("network", "weights")}
+                known["counted"] = [str(name) for name in known["counted"]]
+                known["places"] = [_place(*place) for place in known["places"]]
+                known["settings"] = asdict(Settings(**known["settings"]))
+                known["figures"] = {str(name): float(value) for name, value in known["figures"].items()}
+                sizes = _sizes(shapes, known["places"])
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a fast predictor ({error}): write it again.") from error
-            compare(found["fingerprint"], model, found["counted"], f"the student in {path}", found["origin"])
+            compare(theirs, model, known["counted"], f"the student in {path}", str(known["origin"]))
+            names = {name for name, _ in model.named_modules()}
+            if missing := [place.module for place in known["places"] if place.module not in names]:
+                raise ValueError(
+                    f"the student in {path} looks at {missing[0]!r}, which the network has not: teach again."
+                )
+            made["fast"] = fast = cls._of_sizes(model, forward, known, sizes)
+            kinds = {torch.float32: "F32", torch.float64: "F64"}
+            if shapes != {name: (kinds[value.dtype], tuple(value.shape)) for name, value in fast.tensors().items()}:
+                raise ValueError(f"the tensors in {path} are not those of a student of this network: teach again.")
 
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         tensors, _ = artefact.read(path, FORMAT, device, accept)
         if not all(tensor.sum().isfinite() for tensor in tensors.values()):
             raise ValueError(f"{path} has numbers that are NaN or infinite: teach again.")
-        rank, num_outputs = found.pop("sizes")
-        fast = cls(
+        if min(tensors[f"translation.{name}"] for name in ("scale", "temperature", "tempering")) <= 0:
+            raise ValueError(f"{path} has a scale that is not positive: teach again.")
+        return made["fast"].to(device).take(tensors)
+
+    @classmethod
+    def _of_sizes(cls, model: nn.Module, forward: Forward, known: dict[str, Any], sizes: "_Sizes") -> Self:
+        """One whose numbers are not yet known."""
+        num_outputs, rank, samples, has_outside = sizes
+        how = {"has_outside": has_outside, "invariant": LIKELIHOODS[known["settings"]["likelihood"]].invariant}
+        return cls(
             model,
-            student=Student(
-                2 * sum(place.width for place in found["places"]),
-                num_outputs,
-                rank,
-                has_outside=len(tensors["student.said_mean"]) > num_outputs * (rank + 1),
-                invariant=LIKELIHOODS[found["settings"]["likelihood"]].invariant,
-            ),
-            translation=Translation(tensors["translation.root"], tensors["translation.draws"]),
-            temperature=tensors["temperature"],
+            student=Student(pooled_width(known["places"]), num_outputs, rank, **how),
+            translation=Translation(torch.eye(rank), torch.zeros(samples, rank + num_outputs)),
             forward=forward,
-            **{name: found[name] for name in ("settings", "places", "figures", "origin", "counted")},
+            **{name: known[name] for name in _DESCRIBED if name != "fingerprint"},
         )
-        try:
-            fast.to(device).load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the tensors in {path} are not those of a fast predictor of this network: teach again."
-            ) from error
-        return fast
 
     def export(self, path: str | os.PathLike[str], example: Inputs) -> Path:
         """Write network and student as one program that needs neither this package nor the network's code.
 
         Args:
             path: ending in ".onnx" for ONNX, or in ".pt2" for `torch.export`.
-            example: a batch of inputs. The program takes such, of any number of samples.
+            example: a batch of inputs. The program takes any number of samples; all other lengths are as here.
 
         Returns:
             the path. The program's outputs have the names that those of a prediction have: of classes `probs`,
@@ -201,30 +208,69 @@ class FastPredictor(Head):
             ImportError: if ONNX's packages are not installed.
         """
         with self._lock, as_function():
-            self._check_weights()
             own = tree_map(_constant, plain(as_tree(example), self.device))
-            network = Network(self.model, self.forward_function, self._names(), cast=lambda _, value: value.clone())
-            network.settle(own)
-            network.own(own)  # which tells the shape of its outputs
-            return export(Path(path), Recorder(network, self.places), self, own)
+            self._here(own)
+            return export(Path(path), self._recording(own, lambda _, value: value.clone()), self, own)
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return next((p.device for p in self.model.parameters()), self.temperature.device)
+        return next((p.device for p in self.model.parameters()), self.translation.scale.device)
 
     def _here(self, inputs: Inputs) -> Recorder:
-        """The network where it is now, and the student with it."""
-        if self.temperature.device != self.device:
-            self.to(self.device)
-        if self._recorder is None or self._recorder.network.device != self.device:
-            network = Network(self.model, self.forward_function, self._names())
-            network.settle(inputs)
-            self._recorder = Recorder(network, self.places)
+        """The network as it is now, and where, and the student with it."""
+        if self._check_weights():
+            self._recorder = None  # its type may be another
+        device = self.device
+        if self.translation.scale.device != device:
+            self.to(device)
+        if self._recorder is None or self._recorder.network.device != device:
+            self._recorder = self._recording(inputs)
         return self._recorder
 
-    def _names(self) -> list[str]:
-        return [name for name, parameter in self.model.named_parameters() if parameter.is_floating_point()]
+    def _recording(self, inputs: Inputs, cast: Callable[[str, Tensor], Tensor] = lambda _, value: value) -> Recorder:
+        names = [name for name, parameter in self.model.named_parameters() if parameter.is_floating_point()]
+        network = Network(self.model, self.forward_function, names, cast=cast)
+        network.settle(inputs)
+        network.output_shape = self.output_shape
+        return Recorder(network, self.places)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        moved = lambda tensor: tensor.to(fn(tensor).device)  # noqa: E731 - the student keeps its own types
+        self.student._apply(moved)
+        self.translation._apply(moved)
+        return self
+
+
+# What a file says of a student, beside its tensors.
+_DESCRIBED = ("fingerprint", "counted", "places", "output_shape", "teacher", "settings", "origin", "figures")
+
+
+def _place(module: str, leaf: int, batch: int, channel: int, width: int, positions: bool) -> Place:
+    """A place as it is in a file.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    numbers = leaf, batch, channel, width
+    if not all(isinstance(number, int) and 0 <= number < 2**20 for number in numbers):
+        raise ValueError(f"no place: {module}, {numbers}")
+    return Place(str(module), *numbers, positions=bool(positions))
+
+
+_Sizes = tuple[int, int, int, bool]  # C, K, S and whether there are probes
+
+
+def _sizes(shapes: artefact.Shapes, places: Sequence[Place]) -> _Sizes:
+    """Those of a student, from the tensors of a file."""
+    rank = shapes["translation.root"][1][0]
+    samples, columns = shapes["translation.draws"][1]
+    num_outputs = columns - rank
+    said = shapes["student.said_mean"][1][0]
+    if min(rank, samples, num_outputs) < 1 or max(said, pooled_width(places)) > 2**24:
+        raise ValueError("no sizes of a student")
+    return num_outputs, rank, samples, said > num_outputs * (rank + 1)
 
 
 def _constant(leaf: Any) -> Any:

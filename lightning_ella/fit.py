@@ -20,6 +20,7 @@ from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, nu
 from .chunks import chunks
 from .curvature import curvature
 from .data import KEEP, LONGEST, Beginning, Points, beginning, draw, points_of, seeded
+from .distil import NUM_POINTS
 from .distributed import World
 from .engine import Linearization
 from .head import fingerprint
@@ -45,7 +46,6 @@ log = logging.getLogger(__name__)
 
 ROWS = 20_000  # positions of all calibration points together that the scales are chosen on
 FEW = 200  # calibration points: with fewer, the NLL after calibration varies by several percent from draw to draw
-NO_LESSONS = "a student learns from unseen points, and there are none: pass calibration_loader= or a val_dataloader."
 SURE = 2.0  # standard errors that moving the mean must help by: it is then no more the network's output
 CERTAIN = 0.9  # a temperature below it makes the network surer than it is: rare on unseen points
 
@@ -113,13 +113,11 @@ def run(
     world: World | None = None,
     stages: Stages | None = None,
     origin: str = "",
-    distil: bool = False,
 ) -> Fit:
     """As `fit_ella`, and report figures and progress.
 
     All processes of `world` call it with the same arguments and return the same predictor. `stages` keeps what is done
-    on the way, and `origin` says which weights these are, in the error that refuses others. With `distil` a student is
-    taught at the end, on the unseen points.
+    on the way, and `origin` says which weights these are, in the error that refuses others.
     """
     started, ended = time.perf_counter(), {}  # the second by stage
     world, stages = world or World(), stages or Stages()
@@ -258,12 +256,6 @@ def run(
             )
         ended["calibration"] = time.perf_counter()
         give_back()
-        if distil:
-            if held_out is None:
-                raise ValueError(NO_LESSONS)
-            fast = predictor.teach(held_out, world, progress=progress)
-            figures |= {f"fast/{name}": value for name, value in fast.figures.items()}
-            ended["student"] = time.perf_counter()
     took = {stage: end - start for (stage, end), start in zip(ended.items(), (started, *ended.values()), strict=False)}
     with world.quiet():
         log.info("ELLA: the fit took %s.", _listed(took), extra={"seconds": took})
@@ -289,10 +281,16 @@ def check(
 ) -> None:
     """Go the whole way of a fit with a few points, and say how long it will take; raise what would go wrong then.
 
+    With `distil`, a student is taught, too.
+
     Raises:
         ValueError, TypeError: if network, data or settings cannot be used; the message names the fix.
     """
     names = chosen_names(model, parameters)
+    if distil and calibration_loader is None:
+        raise ValueError(
+            "a student learns from unseen points, and there are none: pass calibration_loader= or a val_dataloader."
+        )
     with seeded(settings.seed), as_function():
         start, unseen_start = beginning(train_loader), beginning(calibration_loader)
         started = time.perf_counter()
@@ -305,14 +303,21 @@ def check(
         linearization = linearize(model, forward, asdict(sized), names)
         inputs, _ = look(linearization, train, held_out, sized)
         engine = linearization.cheaper(inputs, sized.rank)
-        seconds = _price(linearization, inputs, settings, _total(train, start), _total(held_out, unseen_start))
+        num_unseen = _total(held_out, unseen_start)
+        seconds = _price(linearization, inputs, settings, _total(train, start), num_unseen)
+        if distil:
+            asked = min(settings.num_calibration or KEEP, num_unseen)
+            seconds["student"] = 2 * min(NUM_POINTS, num_unseen) * seconds["calibration"] / max(1, asked)
         if start is not train_loader:
             seconds = {"reading": reading * _length(train_loader, settings)} | seconds
     few = sized.limited(num_landmarks=FEW_POINTS, num_curvature=FEW_POINTS, num_calibration=FEW_POINTS, rank=2)
     few = replace(few, engine=engine, residual=min(2, num_probes(settings.residual, settings.rank, reverse=False)))
     with _silenced():
-        hooks = {"unpack": unpack, "forward": forward, "parameters": parameters, "distil": distil}
-        run(model, start, unseen_start, few, progress=silent, **hooks)
+        hooks = {"unpack": unpack, "forward": forward, "parameters": parameters}
+        rehearsed = run(model, start, unseen_start, few, progress=silent, **hooks).predictor
+        if distil:
+            points = points_of(unseen_start, unpack)
+            rehearsed.teach(points, World(), num_points=FEW_POINTS, progress=silent)
     log.info("ELLA: the fit at the end will take about %s.", _listed(seconds))
 
 

@@ -58,11 +58,18 @@ class Head(nn.Module):
         self.fingerprint = fingerprint(self.model, self.counted)
         self._verified: Versions | None = Versions(self.model, self.counted)
 
-    def _check_weights(self) -> None:
-        if self._verified is None or not self._verified.hold():  # something wrote to the weights: see if they changed
-            found = Versions(self.model, self.counted)
-            compare(self.fingerprint, self.model, self.counted, "this posterior", self.origin)
-            self._verified = found
+    def _check_weights(self) -> bool:
+        """Whether something was written to the weights since the last look, although they are the same.
+
+        Raises:
+            ValueError: if they are others.
+        """
+        if self._verified is not None and self._verified.hold():
+            return False
+        found = Versions(self.model, self.counted)
+        compare(self.fingerprint, self.model, self.counted, "this posterior", self.origin)
+        self._verified = found
+        return True
 
 
 def fingerprint(model: nn.Module, without: Collection[str] = (), *, halved: bool = False) -> dict[str, str]:

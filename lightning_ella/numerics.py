@@ -92,6 +92,11 @@ def standard_normal(num_samples: int, rank: int, seed: int) -> Tensor:
 
 
 def spread_normal(num_samples: int, rank: int, seed: int) -> Tensor:
-    """(S, K) draws that are spread more evenly than random ones are: quasi-Monte Carlo (Sobol, scrambled)."""
-    uniform = SobolEngine(rank, scramble=True, seed=seed).draw(num_samples, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).float()
+    """(S, K) draws that are spread more evenly than random ones are: quasi-Monte Carlo (Sobol, scrambled).
+
+    It has 21,201 dimensions; what is beyond them is random.
+    """
+    most = min(rank, SobolEngine.MAXDIM)
+    uniform = SobolEngine(most, scramble=True, seed=seed).draw(num_samples, dtype=torch.float64)
+    even = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).float()
+    return torch.cat([even, standard_normal(num_samples, rank - most, seed)], 1)

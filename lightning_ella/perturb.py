@@ -3,17 +3,20 @@
 To add a change of real inputs, write a function `(values, strength, generator) -> values` and name it in `CHANGES`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
+from torch.utils._pytree import keystr, tree_map_with_path
 
-from .batches import Inputs
+from .batches import Inputs, as_tree
+from .linearize import described
 
 Perturb = Callable[[Inputs], Inputs]
-FEW = 3  # different numbers: integers with fewer are masks or types, not tokens
+FEW, MANY = 3, 4  # different numbers: what has no more of them, and so many times as many in all, is a mask or a type
+MASKS = ("mask", "type")  # what is in the names of such
 LEAST = 0.1  # share of the tokens of a text that are changed
 
 
@@ -21,27 +24,39 @@ def perturbed(inputs: Inputs, generator: torch.Generator) -> Inputs:
     """A copy of a batch, each sample changed in one way: real numbers by `CHANGES`, tokens by those of other samples.
 
     What is no tensor, and what looks like a mask, stays.
+
+    Raises:
+        ValueError: if there is nothing to change.
     """
-    if isinstance(inputs, Tensor):
-        return _changed(inputs, generator)
-    if isinstance(inputs, Mapping):
-        made = {
-            name: value if "mask" in str(name) or "type" in str(name) else perturbed(value, generator)
-            for name, value in inputs.items()
-        }
-        return made if type(inputs) is dict else type(inputs)(made)  # type: ignore[call-arg]
-    if isinstance(inputs, list | tuple):
-        parts = [perturbed(value, generator) for value in inputs]
-        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
-    return inputs
+    changed: list[bool] = []
+
+    def change(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or any(word in keystr(path).lower() for word in MASKS):
+            return leaf
+        changed.append(leaf.is_floating_point() or leaf.is_complex() or (leaf.dtype != torch.bool and leaf.ndim > 1))
+        return _changed(leaf, generator)
+
+    made = tree_map_with_path(change, as_tree(inputs))
+    if not any(changed):
+        raise ValueError(
+            f"a student learns from changed inputs, but nothing in {described(inputs)} can be changed: pass perturb=."
+        )
+    return made
 
 
 def _changed(values: Tensor, generator: torch.Generator) -> Tensor:
-    if values.ndim < 2:
+    """A changed copy; the tensor itself where it is none of real numbers or tokens."""
+    if not values.ndim:
+        return values
+    if values.is_complex():
+        return torch.complex(_changed(values.real, generator), _changed(values.imag, generator))
+    is_mask = values.numel() > MANY * FEW and len(values.unique()) <= FEW
+    if values.dtype == torch.bool or is_mask or values.isinf().any():
         return values
     if not values.is_floating_point():
-        is_text = values.dtype != torch.bool and len(values.unique()) > FEW
-        return _other_tokens(values, generator) if is_text else values
+        return _other_tokens(values, generator) if values.ndim > 1 else values
+    if values.ndim == 1:
+        return _changed(values.unsqueeze(1), generator).squeeze(1)
     count, wide = len(values), [-1] + [1] * (values.ndim - 1)
     changes = [change for change in CHANGES if values.ndim > 2 or change not in OF_POSITIONS]
     which = torch.arange(count) % len(changes)
@@ -51,7 +66,7 @@ def _changed(values: Tensor, generator: torch.Generator) -> Tensor:
     for number, change in enumerate(changes):
         chosen = (which == number).view(wide)
         made = torch.where(chosen, change(values, strength, generator), made)
-    return made
+    return torch.where(values.isfinite() & made.isfinite(), made, values)  # what is missing stays so
 
 
 def _other_tokens(tokens: Tensor, generator: torch.Generator) -> Tensor:
@@ -63,10 +78,11 @@ def _other_tokens(tokens: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _spread(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel (the first axis after the samples), over all else."""
+    """Mean and standard deviation of each channel (the first axis after the samples), over all that is not missing."""
     axes = tuple(axis for axis in range(values.ndim) if axis != 1)
-    deviation = values.std(axes, keepdim=True, correction=0)
-    return values.mean(axes, keepdim=True), torch.where(deviation > 0, deviation, 1)
+    mean = values.nanmean(axes, keepdim=True)
+    deviation = (values - mean).square().nanmean(axes, keepdim=True).sqrt()
+    return mean, torch.where(deviation > 0, deviation, 1)
 
 
 def _normal(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -56,7 +56,13 @@ class Gaussian:
         return LowRank(self.factor.flatten(0, -2))
 
     def __sub__(self, other: "Gaussian") -> "Gaussian":
-        """The difference, whose variance knows that the two go together: Var(a) + Var(b) − 2 Cov(a, b)."""
+        """The difference, whose variance knows that the two go together: Var(a) + Var(b) − 2 Cov(a, b).
+
+        Raises:
+            ValueError: if one of them is a student's.
+        """
+        if isinstance(self, Spread) or isinstance(other, Spread):
+            raise ValueError("a student knows each input by itself: ask the exact predictor for a difference.")
         return Gaussian(self.mean - other.mean, self.factor - other.factor, self.draws)
 
     def __truediv__(self, by: Tensor) -> "Gaussian":
@@ -131,9 +137,6 @@ class Spread(Gaussian):
             ValueError: always.
         """
         raise ValueError("a student knows each input by itself: ask the exact predictor what several have in common.")
-
-    def __sub__(self, other: "Gaussian") -> "Gaussian":
-        raise ValueError("a student knows each input by itself: ask the exact predictor for a difference of outputs.")
 
     def __truediv__(self, by: Tensor) -> "Spread":
         return replace(self, mean=self.mean / by, factor=self.factor / by, own=self.own / by)

@@ -1,5 +1,6 @@
 """The head: from inputs to a predictive distribution, with save and load."""
 
+import hashlib
 import json
 import os
 import weakref
@@ -245,10 +246,23 @@ class ELLAPredictor(Head):
             return self.adopt(distil(self, points, world, **how))
 
     def adopt(self, fast: FastPredictor) -> FastPredictor:
-        """Keep a student of this posterior, which then follows `update` and `forget`."""
-        self._students.add(fast)
+        """Keep a student of this posterior, such as one from a file: it follows `update` and `forget` from now on.
+
+        Raises:
+            ValueError: if it was taught by another posterior.
+        """
+        if fast.teacher != self.identity:
+            raise ValueError("this student was taught by another posterior: load that one, or teach again.")
+        self._students.add(fast.follow(self.posterior))
         object.__setattr__(self, "fast", fast)  # not registered: it has a file of its own
         return fast
+
+    @property
+    def identity(self) -> str:
+        """Which directions of which weights these are."""
+        values = " ".join(f"{value:.5e}" for value in self.eigenvalues.tolist())
+        drawn = [self.settings[name] for name in ("likelihood", "residual", "seed")]
+        return hashlib.sha256(f"{self.fingerprint['weights']} {drawn} {values}".encode()).hexdigest()
 
     def update(
         self,
@@ -531,6 +545,9 @@ class ELLAPredictor(Head):
     def _follow_points(self, learnt: Learnt | None) -> None:
         """Be what was learnt, and let the students be it, too."""
         self.learnt, self._taught = learnt, True
+        self._tell_students()
+
+    def _tell_students(self) -> None:
         for student in self._students:
             student.follow(self.posterior)
 
@@ -541,6 +558,7 @@ class ELLAPredictor(Head):
         if after < -1e-6 * before.abs():
             raise ValueError("these points were not among those that the posterior has seen, so it cannot forget them.")
         self.curvature = curvature
+        self._tell_students()
         return self
 
     def _curvature_of(self, loader: DataLoader, unpack: Unpack, *, probes: bool = False) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from .likelihoods import Likelihood
 from .posterior import Posterior
 from .predictions import Spread
 from .progress import Progress, silent
@@ -51,7 +50,9 @@ class Said(NamedTuple):
     novelty: Tensor
 
 
-def lesson(pooled: Tensor, outputs: Tensor, features: Tensor, root: Tensor, likelihood: Likelihood) -> Lesson:
+def lesson(
+    pooled: Tensor, outputs: Tensor, features: Tensor, root: Tensor, *, invariant: bool, predictive: str = "mc"
+) -> Lesson:
     """What to learn from B inputs.
 
     Args:
@@ -59,11 +60,13 @@ def lesson(pooled: Tensor, outputs: Tensor, features: Tensor, root: Tensor, like
         outputs: (B, C).
         features: [Ψ, Ψ⊥], (B, C, K + m).
         root: R (K, K), with R Rᵀ the posterior covariance.
-        likelihood: whether only differences of outputs count.
+        invariant: whether a constant added to all outputs changes nothing.
+        predictive: "probit" takes the variances of the outputs as they are, others those around their mean.
     """
     rank, features = len(root), features.double()
-    foreign = novelty(features, rank, centred=likelihood.invariant).clamp(SURE, 1 - SURE).logit().unsqueeze(1)
-    features = features - features.mean(1, keepdim=True) if likelihood.invariant else features
+    foreign = novelty(features, rank, centred=invariant).clamp(SURE, 1 - SURE).logit().unsqueeze(1)
+    if invariant and predictive != "probit":
+        features = features - features.mean(1, keepdim=True)
     inside, outside = features[..., :rank] @ root.to(features), features[..., rank:]
     variance = inside.square().sum(-1).clamp_min(TINY)
     if not outside.shape[-1]:
@@ -89,6 +92,8 @@ class Student(nn.Module):
     seen_deviation: Tensor
     said_mean: Tensor
     said_deviation: Tensor
+    lowest: Tensor
+    highest: Tensor
 
     def __init__(self, width: int, num_outputs: int, rank: int, has_outside: bool, invariant: bool):
         super().__init__()
@@ -99,6 +104,8 @@ class Student(nn.Module):
         self.register_buffer("seen_deviation", torch.ones(seen))
         self.register_buffer("said_mean", torch.zeros(said))
         self.register_buffer("said_deviation", torch.ones(said))
+        self.register_buffer("lowest", torch.zeros(said))
+        self.register_buffer("highest", torch.zeros(said))
         self.layers = nn.Sequential(
             *(nn.Linear(seen, WIDTH), nn.SiLU(), nn.Dropout(DROPOUT)),
             *(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Dropout(DROPOUT)),
@@ -114,6 +121,7 @@ class Student(nn.Module):
     def forward(self, pooled: Tensor, outputs: Tensor) -> Said:
         """From pooled activations (B, A) and outputs (B, C)."""
         flat = self.layers(self.standardised(pooled, outputs)) * self.said_deviation + self.said_mean
+        flat = flat.clamp(self.lowest, self.highest)  # what no lesson said is not said far from them
         along, inside, *rest = flat.split(self.sizes, 1)
         along = along.unflatten(1, (self.num_outputs, self.rank))
         along = along / along.square().sum(-1, keepdim=True).clamp_min(1).sqrt()
@@ -145,23 +153,27 @@ class Student(nn.Module):
         deviation = said.std(0)
         deviation[:directions] = said[:, :directions].square().mean().sqrt()
         self.said_deviation = _positive(deviation, self.said_mean)
+        self.lowest, self.highest = said.amin(0), said.amax(0)
         seen, said = self.standardised(lessons.pooled, lessons.outputs), (said - self.said_mean) / self.said_deviation
         optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=DECAY)
         steps = EPOCHS * math.ceil(n / BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
         orders = (torch.randperm(n, generator=generator).split(BATCH) for _ in range(EPOCHS))
         batches = ((seen[some], said[some]) for order in orders for some in order)
-        self.train().requires_grad_(True)
+        self.layers.train().requires_grad_(True)
         with torch.enable_grad():
             for some, right in progress(batches, "ELLA student", EPOCHS * n):
-                answer = self.layers(some)
-                loss = mse_loss(answer[:, :directions], right[:, :directions])
-                loss = loss + mse_loss(answer[:, directions:], right[:, directions:])
+                pairs = zip(self.layers(some).split(self.sizes, 1), right.split(self.sizes, 1), strict=True)
+                loss = torch.stack([mse_loss(answer, part) for answer, part in pairs]).sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
         self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay as it is when it predicts, whatever the module that it is in does: only `learn` drops units out."""
+        return super().train(False)
 
 
 def _positive(deviation: Tensor, mean: Tensor) -> Tensor:
@@ -175,10 +187,15 @@ class Translation(nn.Module):
     Args:
         root: R (K, K) of the posterior that the student was taught, whose directions it knows.
         draws: (S, K + C) standard normal numbers.
+
+    Its tensors `temperature` and `scale` (of all variances) are what predictions need beside; `tempering` is by how
+    much the student's temperature is another than the posterior's.
     """
 
     root: Tensor
     scale: Tensor
+    temperature: Tensor
+    tempering: Tensor
     draws: Tensor
     move: Tensor
     turn: Tensor
@@ -187,7 +204,9 @@ class Translation(nn.Module):
     def __init__(self, root: Tensor, draws: Tensor):
         super().__init__()
         self.register_buffer("root", root.double())
-        self.register_buffer("scale", torch.ones(()).double())  # of all variances
+        self.register_buffer("scale", torch.ones(()).double())
+        self.register_buffer("temperature", torch.ones(()).double())
+        self.register_buffer("tempering", torch.ones(()).double())
         self.register_buffer("draws", draws)
         rank = len(root)
         self.register_buffer("move", torch.zeros(rank))  # (K,), of the mean, in the student's coordinates
@@ -203,6 +222,7 @@ class Translation(nn.Module):
         self.turn = (torch.eye(len(now)) if same else turn).to(self.turn)
         self.move = torch.linalg.solve(self.root, mean).to(self.move)
         self.outside = posterior.residual_scale.to(self.outside)
+        self.temperature = posterior.temperature.to(self.temperature) * self.tempering
         return self
 
     def forward(self, outputs: Tensor, said: Said) -> Spread:

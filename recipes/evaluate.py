@@ -14,10 +14,10 @@ from build import build
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from report import RUN, words, write_report
+from report import RUN, STUDENT, words, write_report
 from safetensors.torch import load_model
 
-from lightning_ella import ELLAPredictor
+from lightning_ella import ELLAPredictor, FastPredictor
 
 
 def folder_of(run: str) -> Path:
@@ -58,6 +58,8 @@ def main(config: DictConfig) -> None:
     if limit := config.max_images or stored.max_images:
         data.limit(limit)
     predictor = ELLAPredictor.load(run / "ella.safetensors", module)
+    if (run / STUDENT).exists():
+        predictor.adopt(FastPredictor.load(run / STUDENT, module))
     folder = Path(HydraConfig.get().runtime.output_dir)
     loggers = [instantiate(config.logger)] if config.logger else []
     resolved = cast(dict, OmegaConf.to_container(stored, resolve=True))

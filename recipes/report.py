@@ -38,11 +38,13 @@ from lightning_ella.posterior import SCALES
 FIGURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier"}
 FIGURES |= {"aurc": "AURC"}
 RUN = ("config.yaml", "weights.safetensors", "ella.safetensors")  # what evaluate.py needs
-SCORES = ("total", "epistemic", "novelty")
+STUDENT = "ella-fast.safetensors"  # and what it uses if it is there
+SCORES = ("total", "epistemic", "novelty", "student novelty")
+WHO = ("MAP", "ELLA", "student")
 SHOWN = 18  # of the most uncertain images
 TUNING_POINTS = 500  # that the curves of the tuning are drawn from
 
-Seen = dict[str, Tensor]  # "MAP" and "ELLA" (n, C), "targets" and the uncertainties (n,)
+Seen = dict[str, Tensor]  # "MAP", "ELLA" and, if there is one, "student" (n, C), "targets" and the uncertainties (n,)
 
 
 def write_report(
@@ -56,7 +58,8 @@ def write_report(
     """Evaluate on test, shifted and foreign images; print, write and log what comes out.
 
     Returns:
-        what report.json has: "test", "severity <number>" -> "MAP" | "ELLA" -> metric -> value, "foreign", and more.
+        what report.json has: "test", "severity <number>" -> "MAP" | "ELLA" | "student" -> metric -> value, "foreign",
+        and more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sets = {"test": data.test, **data.shifted, **{f"foreign/{name}": part for name, part in data.foreign.items()}}
@@ -65,7 +68,7 @@ def write_report(
     for name in sorted(data.shifted, key=lambda name: name.rpartition("/")[2]):
         splits.setdefault(f"severity {name.rpartition('/')[2]}", []).append(name)
     results = {
-        split: {who: classification_figures([seen[name] for name in names], who) for who in ("MAP", "ELLA")}
+        split: {who: classification_figures([seen[name] for name in names], who) for who in WHO if who in seen["test"]}
         for split, names in splits.items()
     }
     found = {name: detection(seen["test"], seen[name]) for name in seen if name.startswith("foreign/")}
@@ -82,7 +85,7 @@ def write_report(
 
 
 def predict(predictor: ELLAPredictor, loader: DataLoader, name: str) -> Seen:
-    """Probabilities of the network ("MAP") and of the posterior ("ELLA"), uncertainties and targets of a set."""
+    """Probabilities of the network ("MAP"), of the posterior ("ELLA") and of its student, uncertainties and targets."""
     parts = []
     device = next(predictor.model.parameters()).device
     with logging_redirect_tqdm([logging.getLogger("lightning_ella"), logging.getLogger()]):
@@ -90,6 +93,9 @@ def predict(predictor: ELLAPredictor, loader: DataLoader, name: str) -> Seen:
             out = predictor(images.to(device))
             part = {"MAP": out.logits_mean.softmax(-1), "ELLA": out.probs, "total": out.entropy, "targets": targets}
             part["epistemic"] = out.mutual_information
+            if predictor.fast is not None:
+                fast = predictor.fast(images.to(device))
+                part |= {"student": fast.probs} | ({} if fast.novelty is None else {"student novelty": fast.novelty})
             parts.append(part if out.novelty is None else part | {"novelty": out.novelty})
     seen = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
     return seen | {"MAP total": torch.special.entr(seen["MAP"]).sum(-1)}
@@ -122,7 +128,7 @@ def told(familiar: Tensor, foreign: Tensor) -> dict[str, float]:
 
 def figures(predictor: ELLAPredictor, data: Images, seen: Seen, results: dict) -> dict[str, Figure]:
     """All plots, by name."""
-    both = {"MAP": seen["MAP"], "ELLA": seen["ELLA"]}
+    both = {who: seen[who] for who in WHO if who in seen}
     curves = tuning(predictor, data.loader(some(data.holdout, TUNING_POINTS, 0)))
     plots = {
         "reliability": reliability_diagram(both, seen["targets"]),
@@ -167,7 +173,7 @@ def most_uncertain(seen: Seen, data: Images) -> dict[str, Any]:
 
 
 def show(results: dict, foreign: dict, num_test: int, console: Console) -> None:
-    """Print MAP beside ELLA for every split, and how well foreign images are told."""
+    """Print MAP beside ELLA and its student for every split, and how well foreign images are told."""
     table = Table("", "", *FIGURES.values(), title=f"{num_test:,} test images")
     for split, row in results.items():
         for who, values in row.items():
@@ -254,6 +260,7 @@ def save_run(predictor: ELLAPredictor, config: dict[str, Any], folder: Path, log
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             artefact = wandb.Artifact(f"posterior-{logger.version}", "posterior", metadata={"rank": predictor.rank})
-            for file in (folder / name for name in RUN):
-                artefact.add_file(str(file))
+            for file in (folder / name for name in (*RUN, STUDENT)):
+                if file.exists():
+                    artefact.add_file(str(file))
             logger.experiment.log_artifact(artefact)

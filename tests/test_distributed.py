@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ella import LIKELIHOODS, Settings, fit_ella
 from lightning_ella.basis import _eigh
+from lightning_ella.data import points_of
 from lightning_ella.distributed import FEW, World, _check_current, _timeout_of
 from lightning_ella.fit import run
 
@@ -428,3 +429,35 @@ def learnt_of_some(world: World, x: Tensor, y: Tensor, count: int) -> Tensor:
     torch.manual_seed(0)
     predictor = fit_ella(mlp().double(), loader_of(x, y), num_landmarks=20, rank=3, num_samples=32)
     return predictor.update(loader_of(x[:count], 1 - y[:count]), distributed=True)(x[:count]).probs
+
+
+@pytest.mark.parametrize("count", [5, 50])
+def test_all_processes_teach_the_same_student(pool: Pool, count: int):
+    torch.manual_seed(0)
+    x, y = torch.randn(50, 3).double(), torch.randint(2, (50,))
+    expected = student_of(World(), x, y, count)
+    for found in pool(3, student_of, x, y, count):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def student_of(world: World, x: Tensor, y: Tensor, count: int) -> Tensor:
+    torch.manual_seed(0)
+    predictor = fit_ella(mlp().double(), loader_of(x, y), num_landmarks=20, rank=3, num_samples=32)
+    predictor.teach(points_of(loader_of(x[:count], y[:count])), world)
+    return predictor.fast(x).logits_variance
+
+
+def test_what_keeps_one_process_from_teaching_stops_all(pool: Pool):
+    x, y = torch.randn(50, 3).double(), torch.randint(2, (50,))
+    answers = pool(2, without_lessons, x, y)
+    assert all("is broken" in answer for answer in answers), answers
+
+
+def without_lessons(world: World, x: Tensor, y: Tensor) -> None:
+    torch.manual_seed(0)
+    predictor = fit_ella(mlp().double(), loader_of(x, y), num_landmarks=20, rank=3, num_samples=32)
+
+    def broken(inputs: Tensor) -> Tensor:
+        raise ValueError("is broken")
+
+    predictor.teach(points_of(loader_of(x, y)), world, perturb=broken if world.rank == 1 else None)

@@ -1,11 +1,12 @@
 """The student: right where it is exact, close where it learns, refused where it cannot; its files and programs."""
 
+import json
 import logging
 import pickle
 import random
 import warnings
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from test_zoo import fit, outputs_of, targets
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ella import LIKELIHOODS, ELLACallback, ELLAPredictor, FastPredictor, fit_ella, student
+from lightning_ella import LIKELIHOODS, ELLACallback, ELLAPredictor, FastPredictor, artefact, fit_ella, student
 from lightning_ella.activations import find_places
+from lightning_ella.fast import _DESCRIBED, FORMAT
 from lightning_ella.likelihoods import Classification
 from lightning_ella.linearize import Network
 from lightning_ella.numerics import spread_normal
@@ -105,13 +107,13 @@ def student_chunks():
 @pytest.mark.parametrize("invariant", [True, False])
 def test_a_student_that_is_right_has_the_posterior_s_mean_and_covariance_wherever_it_moves(invariant: bool):
     torch.manual_seed(0)
-    likelihood = Classification() if invariant else LIKELIHOODS["poisson"]()
+
     logits, features = torch.randn(6, 3).double(), torch.randn(6, 3, 4 + 5).double()
     one, curvature = torch.ones(()).double(), torch.randn(4, 4).double()
     before = Posterior(curvature @ curvature.T, one, one, one / 2, one)
     factor = torch.randn(4, 4).double()
     moved = replace(before, mean=torch.randn(4).double(), precision=factor @ factor.T + 0.1 * torch.eye(4))
-    exact = lesson(torch.zeros(6, 0), logits, features, before.root(), likelihood)
+    exact = lesson(torch.zeros(6, 0), logits, features, before.root(), invariant=invariant)
     said = Said(*(part.double() for part in exact[2:]))
     translation = Translation(before.root(), torch.zeros(1, 7)).double()
     centred = features - features.mean(1, keepdim=True) if invariant else features
@@ -437,9 +439,153 @@ def test_places_are_stem_and_stages_blocks_or_layers():
         places(resnet, pictures, "stage")
 
 
+@dataclass
+class Parts:
+    values: Tensor
+    padding_mask: Tensor
+    name: str = "x"
+
+
+def test_inputs_of_every_kind_are_changed_but_masks_and_what_is_missing():
+    torch.manual_seed(0)
+    mask = torch.where(torch.rand(30, 4) < 0.5, 0.0, -torch.inf)
+    values = torch.randn(30, 4).index_fill(1, torch.tensor([2]), torch.nan)
+    inputs = {
+        "numbers": torch.randn(30),
+        "parts": Parts(values, torch.rand(30, 4)),
+        "bias": mask,
+        "seen": (torch.rand(30, 4) < 0.5).float(),
+        "wave": torch.randn(30, 4, dtype=torch.cfloat),
+        "lengths": torch.arange(30),
+    }
+    changed = perturbed(inputs, torch.Generator().manual_seed(0))
+    assert isinstance(changed["parts"], Parts)
+    assert not torch.equal(changed["numbers"], inputs["numbers"])
+    assert not torch.equal(changed["wave"], inputs["wave"])
+    assert not torch.equal(changed["parts"].values[:, 0], values[:, 0])
+    assert torch.equal(changed["parts"].values.isnan(), values.isnan())
+    assert torch.equal(changed["parts"].padding_mask, inputs["parts"].padding_mask)
+    for name in ("bias", "seen", "lengths"):
+        assert torch.equal(changed[name], inputs[name])
+    with pytest.raises(ValueError, match=r"nothing in \(30,\) int64 can be changed: pass perturb="):
+        perturbed(torch.arange(30), torch.Generator())
+
+
+def test_far_from_the_data_a_student_is_as_unsure_as_its_teacher():
+    torch.manual_seed(0)
+    x = 6 * torch.rand(200)
+    points = loader(x, x.sin() + 0.1 * torch.randn(200), size=50)
+    body = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1), nn.Flatten(0))
+    optimizer = torch.optim.Adam(body.parameters(), 0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(body(x), x.sin()).backward()
+        optimizer.step()
+    predictor = fit_ella(body, points, points, "regression", num_landmarks=100, rank=8)
+    fast, far = predictor.distil(points), torch.tensor([9.0, 10.0])
+    ratio = (fast(far).logits_variance / predictor(far).logits_variance).log()
+    assert (fast(far).logits_variance > 100 * fast(x).logits_variance.mean()).all()
+    assert ratio.abs().max() < 3
+    assert fast(far[:1]).mean.shape == (1,)  # and a first batch of one
+
+
+def test_neither_the_loader_s_batches_nor_a_change_in_place_matter():
+    predictor, fast, x, y = taught()
+    for points, perturb in ((loader(x, y, size=1), None), (loader(x, y, size=7), None)):
+        other = predictor.distil(points, perturb=perturb)
+        torch.testing.assert_close(other(x).probs, fast(x).probs, rtol=1e-3, atol=1e-4)
+    exact = predictor.distil(loader(x, y), perturb=lambda inputs: inputs.add_(1)).figures["nll_exact"]
+    assert exact == pytest.approx(fast.figures["nll_exact"])
+
+
+def test_a_student_is_of_one_posterior_and_follows_that():
+    predictor, fast, x, y = taught()
+    other = fit_ella(predictor.model, loader(x, y), **OPTIONS | {"seed": 1})
+    with pytest.raises(ValueError, match="taught by another posterior"):
+        other.adopt(fast)
+    before = fast(x).logits.covariance
+    predictor.forget(loader(x[:30], y[:30]))  # training points: the covariance grows
+    assert (fast(x).logits.covariance.diagonal(dim1=1, dim2=2) > before.diagonal(dim1=1, dim2=2)).all()
+
+
+def test_in_a_module_that_trains_it_still_predicts(learned):
+    fast, x = learned[1], rings(5, 0)[0]
+    numbers = torch.get_rng_state()
+    expected = fast(x).probs
+    nn.ModuleList([fast]).train()
+    assert torch.equal(fast(x).probs, expected)
+    assert torch.equal(numbers, torch.get_rng_state())
+
+
+def test_on_its_network_it_is_no_part_of_it(learned):
+    predictor, fast = learned
+    x, names = rings(5, 0)[0], list(predictor.model.state_dict())
+    predictor.model.fast = fast
+    assert list(predictor.model.state_dict()) == names
+    assert fast(x).probs.shape == predictor(x).probs.shape
+    del predictor.model.fast
+
+
+def test_a_network_whose_type_changed_and_came_back(learned):
+    predictor, fast = learned
+    x = rings(5, 0)[0]
+    expected = fast(x).probs
+    predictor.model.double()
+    torch.testing.assert_close(fast(x.double()).probs, expected.double(), rtol=1e-4, atol=1e-5)
+    predictor.model.float()
+    torch.testing.assert_close(fast(x).probs, expected)
+
+
+def test_inputs_laid_flat_and_wide_layers_are_no_places():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 24 * 24, 3)).eval()
+    network, x = Network(model), torch.randn(4, 1, 24, 24)
+    network.settle(x)
+    assert [place.module for place in find_places(network, x)] == ["0", "1"]
+    network = Network(nn.Sequential(nn.Flatten(), nn.Linear(576, 3)).eval())
+    network.settle(x)
+    assert find_places(network, x) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("places", [["body", 0, 0, 1, "24", False]]),
+        ("places", [["elsewhere", 0, 0, 1, 24, False]]),
+        ("places", [["body", 0, 0, 1, 10**10, False]]),
+        ("fingerprint", []),
+        ("counted", 5),
+        ("figures", {"nll": "low"}),
+        ("settings", {"likelihood": "none"}),
+    ],
+)
+def test_a_file_that_says_odd_things_is_refused(learned, name: str, value: Any, tmp_path: Path):
+    predictor, fast = learned
+    described = {n: getattr(fast, n) for n in _DESCRIBED} | {"counted": []} | {name: value}
+    metadata = {n: json.dumps(v) for n, v in described.items()} | {"format": FORMAT}
+    path = artefact.write(tmp_path / "fast.safetensors", fast.tensors(), metadata)
+    with pytest.raises(ValueError, match=r"write it again|teach again"):
+        FastPredictor.load(path, predictor.model)
+
+
+@pytest.mark.parametrize("change", ["missing", "negative", "wider", "nan"])
+def test_a_file_with_odd_tensors_is_refused(learned, change: str, tmp_path: Path):
+    predictor, fast = learned
+    tensors = {name: value.clone() for name, value in fast.tensors().items()}
+    if change == "missing":
+        del tensors["student.seen_mean"]
+    elif change == "wider":
+        tensors["student.layers.0.bias"] = torch.zeros(300)
+    else:
+        tensors["translation.temperature"].fill_(-1.0 if change == "negative" else torch.nan)
+    metadata = {n: json.dumps(getattr(fast, n)) for n in _DESCRIBED if n != "counted"}
+    path = artefact.write(tmp_path / "fast.safetensors", tensors, metadata | {"counted": "[]", "format": FORMAT})
+    with pytest.raises(ValueError, match=r"write it again|teach again"):
+        FastPredictor.load(path, predictor.model)
+
+
 def test_what_no_student_can_learn_is_refused():
     predictor, _, x, y = taught()
-    with pytest.raises(ValueError, match="needs 4 points or more"):
+    with pytest.raises(ValueError, match="needs 10 points or more"):
         predictor.distil(loader(x[:3], y[:3]))
     with pytest.raises(ValueError, match=r"perturb= must give as many samples as it gets, 12, not 11"):
         predictor.distil(loader(x, y), perturb=lambda inputs: inputs[:11])
@@ -477,6 +623,20 @@ def test_the_callback_teaches_a_student(tmp_path: Path):
     [path] = tmp_path.rglob("ella-fast.safetensors")
     assert torch.equal(FastPredictor.load(path, module)(x).probs, fast(x).probs)
     assert not any("student" in name for name in module.state_dict())
+
+
+def test_a_student_that_fails_costs_no_posterior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    def broken(self: Any, lessons: Any, *_: Any) -> None:
+        if len(lessons.outputs) > 8:  # beyond the rehearsal
+            raise RuntimeError("no chalk")
+
+    monkeypatch.setattr(student.Student, "learn", broken)
+    ella = ELLACallback(num_landmarks=20, rank=3, num_curvature=20, distil=True)
+    module = Net()
+    make_trainer(tmp_path, ella).fit(module, datamodule=Data())
+    assert "no chalk" in caplog.text
+    assert module.ella(torch.randn(5, 2)).probs.shape == (5, 3)
+    assert len(list(tmp_path.rglob("ella.safetensors"))) == 1
 
 
 def test_what_a_student_cannot_learn_is_told_before_training(tmp_path: Path):
@@ -553,8 +713,13 @@ def program(path: Path, x: Any) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
-@pytest.mark.parametrize("name", [*PROGRAMS, "texts"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "onnx") for name in ("resnet", "vit", "texts", "regression")),
+        *((name, "pt2") for name in ("vit", "texts", "multilabel", "ordinal")),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_program_says_what_the_student_does(name: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     fast, x = (request.getfixturevalue("reader")[1], texts(5)) if name == "texts" else PROGRAMS[name]()

@@ -1,0 +1,164 @@
+"""The ladder: what each way to know how sure a network is costs, in forward passes, and what it is worth.
+
+python recipes/price.py                                  # digits and a small ResNet, trained first
+python recipes/price.py experiment=cifar10_resnet20 trainer.max_epochs=0 data.root=<folder> model.checkpoint=<file>
+
+F is one forward pass of the network as it is, in eval mode. A price is the median of ratios: the rung and the network
+take turns, so that a busy machine slows both.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import hydra
+import torch
+from adapt import posterior_options
+from compare import Sets, evaluation_sets, first, network
+from data import Images, some
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from report import classification_figures, told
+from rich.console import Console
+from rich.table import Table
+from rivals import Task, temperature_scaling
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from lightning_ella import fit_ella
+from lightning_ella.predictions import entropy
+
+BATCHES = (64, 1)  # images that a price is measured with
+BATCH = 100  # images that are asked about at a time
+
+Answer = tuple[Tensor, Tensor]  # probabilities (B, C), and how foreign the images look, (B,)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A way to predict, and what it took to get there."""
+
+    ask: Callable[[Tensor], Answer]
+    seconds: float  # of fitting
+
+
+def network_alone(model: nn.Module) -> Callable[[Tensor], Answer]:
+    """The softmax and its entropy."""
+    return lambda images: with_entropy(model(images).softmax(-1))
+
+
+def with_entropy(probs: Tensor) -> Answer:
+    return probs, entropy(probs)
+
+
+def with_novelty(predictor: nn.Module) -> Callable[[Tensor], Answer]:
+    """A prediction's probabilities and novelty."""
+
+    def ask(images: Tensor) -> Answer:
+        out = predictor(images)
+        return out.probs, out.novelty
+
+    return ask
+
+
+def rungs(config: DictConfig, model: nn.Module, data: Images) -> dict[str, Rung]:
+    """From the cheapest to the dearest."""
+    held_out = DataLoader(some(data.holdout, config.num_calibration, config.seed), BATCH)
+    found = {"network": Rung(network_alone(model), 0.0)}
+    task = Task(model, data.ella_train_dataloader(), held_out, config.seed)
+    started = time.perf_counter()
+    scaled = temperature_scaling(task)
+    found["temperature scaling"] = Rung(lambda images: with_entropy(scaled(images)), time.perf_counter() - started)
+    options = posterior_options(config)
+    last = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1:]
+    parts: dict[str, dict[str, Any]] = {"last layer": {"parameters": [f"{last[0]}.*"]}} if last else {}
+    for name, more in [*parts.items(), ("exact", {})]:
+        started = time.perf_counter()
+        predictor = fit_ella(model, data.ella_train_dataloader(), held_out, **options | more)
+        seconds = time.perf_counter() - started
+        if name == "exact":
+            fast = predictor.distil(held_out)
+            found["student"] = Rung(with_novelty(fast), fast.figures["seconds"] + seconds)
+        found[name] = Rung(with_novelty(predictor), seconds)
+    return found
+
+
+def price(rung: Rung, model: nn.Module, images: Tensor, repeats: int) -> float:
+    """In forward passes: the median of ratios of times taken in turns."""
+    ratios = []
+    for _ in range(repeats + 1):
+        one, other = (timed(ask, images) for ask in (model, rung.ask))
+        ratios.append(other / one)
+    return median(ratios[1:])
+
+
+def timed(ask: Callable[[Tensor], Any], images: Tensor) -> float:
+    started = time.perf_counter()
+    ask(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def worth(rung: Rung, sets: Sets, bar: tqdm) -> dict[str, float]:
+    """NLL and ECE of test images and of corrupted ones, and the AUROC against each foreign set."""
+    said = {}
+    for name, (images, targets) in sets.items():
+        probs, scores = (torch.cat(part) for part in zip(*map(rung.ask, images.split(BATCH)), strict=True))
+        said[name] = {"probs": probs.float().cpu(), "targets": targets.cpu(), "score": scores.cpu()}
+        bar.update()
+    corrupted = [part for name, part in said.items() if name != "test" and not name.startswith("foreign/")]
+    figures = {}
+    for what, parts in (("", [said["test"]]), (", corrupted", corrupted)):
+        if parts:
+            known = classification_figures(parts, "probs")
+            figures |= {f"{title}{what}": known[name] for name, title in (("nll", "NLL"), ("ece", "ECE"))}
+    for name in said:
+        if name.startswith("foreign/"):
+            figures[f"AUROC {name.removeprefix('foreign/')}"] = told(said["test"]["score"], said[name]["score"])[
+                "AUROC"
+            ]
+    return figures
+
+
+def show(found: dict[str, dict[str, float]], console: Console) -> None:
+    """Print the ladder."""
+    columns = list(found["student"])
+    table = Table("", *columns, title="The ladder: price in forward passes, and what it buys")
+    for name, figures in found.items():
+        cells = (f"{figures[c]:.1f}" if c == "fit, s" or c.startswith("F") else f"{figures[c]:.4f}" for c in columns)
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="price")
+def main(config: DictConfig) -> None:
+    """Fit, measure and print; write price.json."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    data: Images = instantiate(config.data)
+    module = network(config, data, config.seed)
+    module.trainer = None
+    model = module.to(config.device)
+    data.setup("fit")
+    ladder = rungs(config, model, data)
+    data.setup("test")
+    sets = {name: (x.to(config.device), y) for name, (x, y) in evaluation_sets(data, config).items()}
+    images, found = first(data.test, max(BATCHES), config.seed)[0].to(config.device), {}
+    with torch.no_grad(), tqdm(total=len(ladder) * len(sets), unit="set") as bar:
+        for name, rung in ladder.items():
+            bar.set_description(name)
+            prices = {f"F, batch {size}": price(rung, model, images[:size], config.repeats) for size in BATCHES}
+            found[name] = prices | {"fit, s": rung.seconds} | worth(rung, sets, bar)
+    show(found, Console(width=200))
+    (folder / "price.json").write_text(json.dumps(found, indent=2))
+    print(f"price.json is in {folder}")
+
+
+if __name__ == "__main__":
+    main()
