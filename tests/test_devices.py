@@ -15,7 +15,7 @@ from test_other_likelihoods import problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ella import LIKELIHOODS, ELLACallback, ELLAPredictor, fit_ella
+from lightning_ella import LIKELIHOODS, ELLACallback, ELLAPredictor, FastPredictor, fit_ella
 from lightning_ella.numerics import WITHOUT_FLOAT64
 from lightning_ella.posterior import calibrate
 
@@ -162,6 +162,27 @@ def test_whatever_is_asked_first_after_a_move(what: str, way: str, tmp_path: Pat
     torch.testing.assert_close(found.cpu(), expected)
     file = predictor.save(tmp_path / "moved.safetensors")
     assert ELLAPredictor.load(file, case.model).rank == predictor.rank
+
+
+@pytest.mark.parametrize("way", ["taught there", "moved", "moved back", "loaded there"])
+def test_a_student_goes_where_the_network_goes(way: str, tmp_path: Path):
+    case = make_case("conv_batchnorm")
+    settings = SMALL | {"residual": 4, "prior_variance": 0.5, "residual_scale": 1.0}
+    expected = fit_ella(copy.deepcopy(case.model), case.loader(), **settings).distil(case.loader())
+    start, end = {"taught there": (device(), device()), "moved back": (device(), "cpu")}.get(way, ("cpu", device()))
+    predictor = fit_ella(case.model.to(start), case.loader(), **settings)
+    fast = predictor.distil(case.loader())
+    if way == "loaded there":
+        path = fast.save(tmp_path / "fast.safetensors")
+        predictor = fit_ella(case.model.to(end), case.loader(), **settings)
+        fast = predictor.adopt(FastPredictor.load(path, case.model))
+    case.model.to(end)
+    found, right = fast(to(case.rows(slice(5)), end)), expected(case.rows(slice(5)))
+    assert found.probs.device == torch.device(end)
+    torch.testing.assert_close(found.probs.cpu(), right.probs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.novelty.cpu(), right.novelty, rtol=1e-4, atol=1e-5)
+    predictor.update(case.loader(), drift=0.1)
+    assert found.probs.device == fast(to(case.rows(slice(5)), end)).probs.device
 
 
 def test_its_type_may_be_changed_there():
