@@ -256,13 +256,10 @@ def _figures(fast: FastPredictor, lectures: Sequence[Lecture]) -> dict[str, floa
     ours = fast.likelihood.nll(prediction, targets.to(fast.device)).to(nll)
     total, change = weights.sum().clamp_min(1), weights * (ours - nll)
     figures |= {"nll_exact": float((weights * nll).sum() / total), "nll": float((weights * ours).sum() / total)}
-    figures["nll_error"] = (
-        float(change.std() * len(change) ** 0.5 / total) if len(change) > 1 else 0.0
-    )  # of their difference
-    return figures | {
-        "variance_scale": float(fast.translation.scale),
-        "temperature": float(fast.translation.temperature),
-    }
+    # The standard error of their difference.
+    figures["nll_error"] = float(change.std(correction=0) * len(change) ** 0.5 / total)
+    scales = {"variance_scale": fast.translation.scale, "temperature": fast.translation.temperature}
+    return figures | {name: float(scale) for name, scale in scales.items()}
 
 
 def _log_variance(fast: FastPredictor, said: NamedTuple) -> Tensor:
