@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from .activations import Layers, Recorder, find_places
 from .batches import Batch, Inputs, Picked, num_samples, rows, slices
@@ -151,8 +150,7 @@ def _lecture(
     prediction = likelihood.predict(gaussian, predictor.settings["predictive"], posterior.temperature.to(logits))
     targets, weights = _answers(likelihood, batch, logits)
     answers = (part.cpu() for part in (likelihood.nll(prediction, targets), targets, weights))
-    own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch.inputs)
-    copies = perturbed(own, generator) if perturb is None else perturb(own)
+    copies = perturbed(batch.inputs, generator) if perturb is None else perturb(batch.inputs)  # which may write to them
     if num_samples(copies) != count:
         raise ValueError(f"perturb= must give as many samples as it gets, {count}, not {num_samples(copies)}.")
     return Lecture(plain, _asked(predictor, recorder, copies)[0], *answers)

@@ -171,10 +171,6 @@ class Student(nn.Module):
                 schedule.step()
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay as it is when it predicts, whatever the module that it is in does: only `learn` drops units out."""
-        return super().train(False)
-
 
 def _positive(deviation: Tensor, mean: Tensor) -> Tensor:
     """One where there is none but that of rounding."""

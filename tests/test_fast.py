@@ -489,6 +489,37 @@ def test_far_from_the_data_a_student_is_as_unsure_as_its_teacher():
     assert fast(far[:1]).mean.shape == (1,)  # and a first batch of one
 
 
+def test_what_is_far_away_counts_as_less_far():
+    one = student.Student(5, 3, 2, has_outside=True, invariant=True)
+    near, far, farther = (one.standardised(torch.full((1, 5), value), torch.zeros(1, 3)) for value in (0.1, 1e3, 1e6))
+    assert torch.equal(far, farther)
+    torch.testing.assert_close(near[:, :5], torch.full((1, 5), 0.1), rtol=1e-2, atol=0)
+
+
+class Squeezed(nn.Module):
+    """One number, without an axis of its own; and of one input, without any."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+        self.head = nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)).squeeze()
+
+
+def test_a_network_that_squeezes_its_outputs(tmp_path: Path):
+    torch.manual_seed(0)
+    model, x = Squeezed(), torch.randn(60, 3)
+    points = loader(x, x.sum(1))
+    fast = fit_ella(model, points, points, "regression", num_landmarks=40, rank=3).distil(points)
+    again = FastPredictor.load(fast.save(tmp_path / "fast.safetensors"), model)
+    assert again(x[:1]).mean.shape == (1,)
+    torch.testing.assert_close(again(x[:1]).variance, fast(x[:4]).variance[:1])
+    path = fast.export(tmp_path / "model.pt2", x[:4])
+    torch.testing.assert_close(program(path, x[:9])["variance"], fast(x[:9]).variance)
+
+
 def test_neither_the_loader_s_batches_nor_a_change_in_place_matter():
     predictor, fast, x, y = taught()
     for points, perturb in ((loader(x, y, size=1), None), (loader(x, y, size=7), None)):
@@ -541,9 +572,10 @@ def test_inputs_laid_flat_and_wide_layers_are_no_places():
     network, x = Network(model), torch.randn(4, 1, 24, 24)
     network.settle(x)
     assert [place.module for place in find_places(network, x)] == ["0", "1"]
-    network = Network(nn.Sequential(nn.Flatten(), nn.Linear(576, 3)).eval())
-    network.settle(x)
-    assert find_places(network, x) == []
+    for model in (nn.Linear(576, 3), nn.Sequential(nn.Linear(576, 5000), nn.Linear(5000, 3))):
+        network = Network(nn.Sequential(nn.Flatten(), model).eval())
+        network.settle(x)
+        assert find_places(network, x) == []
 
 
 @pytest.mark.parametrize(
