@@ -203,7 +203,7 @@ def main(config: DictConfig) -> None:
     """All data sets and seeds; print, draw and write."""
     folder, console = Path(HydraConfig.get().runtime.output_dir), Console(width=100)
     report: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for name in config.data or DATA:
+    for name in config.sets or DATA:
         rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         predictions: dict[str, NormalPrediction] = {}
         for seed in config.seeds:
