@@ -1,8 +1,8 @@
 """The student: a small network that learns from the exact engine what the posterior says of an input.
 
-It sees what the user's network computes anyway, pooled activations and outputs, and gives the features along the K
-directions (compare ScaLLA, Bergna et al. 2025, who learn features of the kernel, too), as a unit vector and a length,
-the length of those outside the span, and the novelty. So the posterior may move afterwards: features do not.
+It sees what the user's network computes anyway, pooled activations and outputs. It gives the features along the K
+directions as a unit vector and a length, the length of those outside the span, and the novelty. So the posterior may
+move afterwards: features do not. ScaLLA (arXiv:2601.21835, 2026) learns features of the kernel, too.
 """
 
 import math
