@@ -158,6 +158,13 @@ def as_tree(value: Any) -> Any:
     return value
 
 
+def constant(leaf: Any) -> Any:
+    """A tensor without a graph that may be saved for a backward pass, whatever mode it was made in."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.clone() if leaf.is_inference() else leaf.detach()
+
+
 def tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in `value`, those in objects included."""
     for leaf in _leaves(value):

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from . import artefact
 from .activations import Place, Recorder, pooled_width
-from .batches import Inputs, as_tree, call, plain
+from .batches import Inputs, as_tree, call, constant, plain
 from .export import export
 from .head import Head, compare
 from .likelihoods import LIKELIHOODS
@@ -90,7 +90,7 @@ class FastPredictor(Head):
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
         with self._lock, as_function():
-            own = tree_map(_constant, plain(as_tree(inputs), self.device))
+            own = tree_map(constant, plain(as_tree(inputs), self.device))
             outputs, pooled = self._here(own)(own)
             return self.predict(check_finite(outputs), pooled)
 
@@ -208,7 +208,7 @@ class FastPredictor(Head):
             ImportError: if ONNX's packages are not installed.
         """
         with self._lock, as_function():
-            own = tree_map(_constant, plain(as_tree(example), self.device))
+            own = tree_map(constant, plain(as_tree(example), self.device))
             self._here(own)
             return export(Path(path), self._recording(own, lambda _, value: value.clone()), self, own)
 
@@ -271,10 +271,3 @@ def _sizes(shapes: artefact.Shapes, places: Sequence[Place]) -> _Sizes:
     if min(rank, samples, num_outputs) < 1 or max(said, pooled_width(places)) > 2**24:
         raise ValueError("no sizes of a student")
     return num_outputs, rank, samples, said > num_outputs * (rank + 1)
-
-
-def _constant(leaf: Any) -> Any:
-    """A tensor without a graph that may be saved for a backward pass."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.clone() if leaf.is_inference() else leaf.detach()

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from . import artefact
 from .activations import Layers
-from .batches import Inputs, Picked, Unpack, as_tree, call, inputs_and_targets, plain
+from .batches import Inputs, Picked, Unpack, as_tree, call, constant, inputs_and_targets, plain
 from .copies import Cast
 from .curvature import curvature
 from .data import Points, points_of, seeded
@@ -229,14 +229,7 @@ class ELLAPredictor(Head):
         """
         at_least_one("num_points", num_points)
         world = World.of_all(self.device) if distributed else World()
-        with world.together("a look at the loader"):
-            points = points_of(loader, unpack, num_points + MOST_TUNED)
-            if world.size > 1 and not points.shareable:
-                raise ValueError(
-                    "each of several processes would read other points from such a loader: pass a DataLoader of a "
-                    "map-style dataset."
-                )
-        world.check_same(points.digest() if world.size > 1 else "", "points: pass a loader without a sampler for each")
+        points = _shared(lambda: points_of(loader, unpack, num_points + MOST_TUNED), world)
         with world.quiet():
             return self.teach(points, world, layers=layers, perturb=perturb, num_points=num_points)
 
@@ -461,7 +454,7 @@ class ELLAPredictor(Head):
         with self._lock, as_function():
             linearization = self._here() if forward is None else self._through(forward)
             top = self.settings["top_outputs"] if forward is None else None
-            own = self._told_apart(tree_map(_constant, plain(as_tree(inputs), self.device)), linearization)
+            own = self._told_apart(tree_map(constant, plain(as_tree(inputs), self.device)), linearization)
             temperature = 1.0 if top is None else float(self.temperature)
             return linearization.look(own, self._tangents, top, targets, temperature)
 
@@ -488,14 +481,7 @@ class ELLAPredictor(Head):
         """
         top, parts = self.settings["top_outputs"], []
         held = 0 if self.learnt is None else self.learnt.points.features.nbytes
-        with world.together("a look at the points to learn from"):
-            points = self._all(loader, unpack)
-            if world.size > 1 and not points.shareable:
-                raise ValueError(
-                    "each of several processes would read other points from such a loader: pass a DataLoader of a "
-                    "map-style dataset."
-                )
-        world.check_same(points.digest() if world.size > 1 else "", "points: pass a loader without a sampler for each")
+        points = _shared(lambda: self._all(loader, unpack), world)
         with self._reading(), world.together("the points to learn from"):
             linearization = self._here()
             budget, temperature = linearization.memory_budget, 1.0 if top is None else float(self.temperature)
@@ -682,6 +668,23 @@ class SampledFunctions:
         return len(self.draws)
 
 
+def _shared(read: Callable[[], Points], world: World) -> Points:
+    """Points of a loader that are the same for all processes.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    with world.together("a look at the loader"):
+        points = read()
+        if world.size > 1 and not points.shareable:
+            raise ValueError(
+                "each of several processes would read other points from such a loader: pass a DataLoader of a "
+                "map-style dataset."
+            )
+    world.check_same(points.digest() if world.size > 1 else "", "points: pass a loader without a sampler for each")
+    return points
+
+
 def linearize(
     model: nn.Module,
     forward: Forward,
@@ -725,11 +728,4 @@ def _learnt_shapes(shapes: artefact.Shapes, rank: int, columns: int) -> dict[str
 
 def _owned(points: Observations) -> Observations:
     """Rows that may be saved for a backward pass, whatever mode they were made in."""
-    return Observations(*(_constant(part) for part in points))
-
-
-def _constant(leaf: Any) -> Any:
-    """A tensor without a graph that may be saved for a backward pass."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.clone() if leaf.is_inference() else leaf.detach()
+    return Observations(*(constant(part) for part in points))
