@@ -157,12 +157,20 @@ class Linearization:
 
         At `temperature` the last of them stands for all others.
 
-        The features of all outputs are held for one sample at a time, and for so many of the K directions as the memory
-        budget allows; log-probabilities of all others only of the targets (B, *), if they are given.
+        Where outputs have one position and k is small, k + 1 cotangents are pulled back. Else the features of all
+        outputs are held for one sample at a time, and for so many of the K directions as the memory budget allows.
+        Log-probabilities of all others are kept only of the targets (B, *), if they are given.
         """
         if top is None:
             logits, features = map(self.at_positions, self.features(inputs, basis))
             return logits, features, None
+        if self._pulls_back(inputs, top, len(next(iter(basis.values())))):
+            outputs, products = self._pulled_back(
+                inputs, lambda f, _: Selection.of(f, top, temperature).rows(), top + 1, basis
+            )
+            selection = Selection.of(outputs, top, temperature)
+            within = selection.indices if targets is None else selection.log_prob_within(targets)
+            return selection.logits(outputs), products.to(outputs.dtype), Selection(selection.indices, within)
         found = []
         with keeping_pages(self.device):
             for i in range(num_samples(inputs)):
@@ -195,16 +203,23 @@ class Linearization:
 
         v = `cotangents(outputs, part)`, (b, C), is asked for some of the samples at a time.
         """
+        logits, projections = self._pulled_back(inputs, lambda f, part: cotangents(f, part).unsqueeze(1), 1, basis)
+        return logits, projections.squeeze(1)
 
-        def projected(chunk: Inputs, part: slice) -> tuple[Tensor, Tensor]:
-            single: Cotangents = lambda outputs: cotangents(outputs, part).unsqueeze(1)  # noqa: E731
-            return self._folded_way(chunk, basis, partial(self.layerwise.products, chunk, single))
+    def _pulled_back(
+        self, inputs: Inputs, cotangents: Callable[[Tensor, slice], Tensor], count: int, basis: Basis
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (B, C), and products of `count` cotangents (b, S, C) of each sample with J V, (B, S, K)."""
+
+        def pulled(chunk: Inputs, part: slice) -> tuple[Tensor, Tensor]:
+            some: Cotangents = lambda outputs: cotangents(outputs, part)  # noqa: E731
+            return self._folded_way(chunk, basis, partial(self.layerwise.products, chunk, some))
 
         with keeping_pages(self.device):
-            most = self._samples(inputs, cotangents=1, folding=self._fold(inputs, basis)[0])
-            found = [pair for _, pair in self._in_parts(inputs, most, projected)]
-        logits, projections = (torch.cat(part) for part in zip(*found, strict=True))
-        return check_finite(logits), projections.squeeze(1)
+            most = self._samples(inputs, cotangents=count, folding=self._fold(inputs, basis)[0])
+            found = [pair for _, pair in self._in_parts(inputs, most, pulled)]
+        logits, products = (torch.cat(part) for part in zip(*found, strict=True))
+        return check_finite(logits), products
 
     def sizes(self, inputs: Inputs, folding: Folding = UNFOLDED) -> Sizes:
         """Measure, once, what a forward pass of one of `inputs` takes."""
@@ -357,6 +372,15 @@ class Linearization:
         sizes, passes = self.sizes(inputs), 1 + self.layerwise.slowness(inputs)
         rows_held = self.layerwise.bytes_held(inputs) / max(1, sizes.held)
         return "layerwise" if sizes.num_outputs * (passes + rows_held) <= rank else "forward"
+
+    def _pulls_back(self, inputs: Inputs, top: int, rank: int) -> bool:
+        """Whether the k + 1 cotangents of the likeliest outputs cost less than all else; not of several positions."""
+        if isinstance(inputs, Picked) or self.choice == "forward":
+            return False
+        sizes, passes = self.sizes(inputs), 1 + self.layerwise.slowness(inputs)
+        rows_held = self.layerwise.bytes_held(inputs) / max(1, sizes.held)
+        is_cheaper = top + 1 < sizes.num_outputs and (top + 1) * (passes + rows_held) <= rank
+        return is_cheaper and len(self.network.output_shape or ()) <= 1
 
     def _trouble(self, forward: ForwardMode, inputs: Inputs, basis: Basis) -> str | None:
         """Why forward mode cannot be used: a layer without a rule, or one whose rule is wrong under vmap."""

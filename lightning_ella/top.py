@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 TEMPERATURES = [2 ** (i / 4) for i in range(-4, 13)]  # that the others may have
 IGNORED = -100  # the class index of a position that counts for nothing, as in torch's cross entropy
@@ -37,6 +37,11 @@ class Selection(NamedTuple):
         tempered = (logits / self.temperature).scatter(-1, self.indices, -torch.inf)
         rest = self.temperature * tempered.logsumexp(-1, keepdim=True)
         return torch.cat([logits.gather(-1, self.indices), rest], -1)
+
+    def rows(self) -> Tensor:
+        """What the C outputs are multiplied with for the derivatives of the k + 1, (B, k + 1, C)."""
+        kept = one_hot(self.indices, self.others.shape[-1]).to(self.others)
+        return torch.cat([kept, self.others.exp().unsqueeze(-2)], -2)
 
     def products(self, products: Tensor) -> Tensor:
         """Products with the Jacobian, (B, *, C, t) to (B, *, k + 1, t)."""

@@ -57,12 +57,16 @@ def with_entropy(probs: Tensor) -> Answer:
     return probs, entropy(probs)
 
 
-def with_novelty(predictor: nn.Module) -> Callable[[Tensor], Answer]:
-    """A prediction's probabilities and novelty."""
+def with_novelty(predictor: Any) -> Callable[[Tensor], Answer]:
+    """A prediction's probabilities of all classes, and novelty."""
 
     def ask(images: Tensor) -> Answer:
         out = predictor(images)
-        return out.probs, out.novelty
+        if out.indices is None:
+            return out.probs, out.novelty
+        others = predictor.model(images) / predictor.temperature.float()  # among themselves, as the network has them
+        others = others.scatter(-1, out.indices, -torch.inf).softmax(-1) * out.probs[:, -1:]
+        return others.scatter(-1, out.indices, out.probs[:, :-1]), out.novelty
 
     return ask
 
@@ -78,6 +82,7 @@ def rungs(config: DictConfig, model: nn.Module, data: Images) -> dict[str, Rung]
     options = posterior_options(config)
     last = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1:]
     parts: dict[str, dict[str, Any]] = {"last layer": {"parameters": [f"{last[0]}.*"]}} if last else {}
+    parts["exact, 2 likeliest outputs"] = {"top_outputs": 2}
     for name, more in [*parts.items(), ("exact", {})]:
         started = time.perf_counter()
         predictor = fit_ella(model, data.ella_train_dataloader(), held_out, **options | more)

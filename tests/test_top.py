@@ -8,6 +8,7 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ella import ELLAPredictor, fit_ella
+from lightning_ella.engine import Linearization
 from lightning_ella.top import Selection, sharpness
 
 GIVEN = {"prior_variance": 1.0, "covariance_scale": 1.0, "residual": "none", "temperature": 1.0}
@@ -166,3 +167,45 @@ def test_a_point_of_weight_zero_does_not_sharpen_nor_spoil_the_temperature():
 def test_it_is_for_classes_only():
     with pytest.raises(ValueError, match="top_outputs= is for likelihood='classification', not for 'regression'"):
         fit_ella(nn.Linear(1, 1), None, likelihood="regression", top_outputs=3)  # type: ignore[arg-type]
+
+
+class Wide(nn.Module):
+    """(B, 3) to 9 classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, WORDS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * self.body(x)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_cotangents_of_the_top_are_the_reduced_rows_of_the_jacobian(temperature: float):
+    torch.manual_seed(0)
+    model, x = Wide().double(), torch.randn(20, 3).double()
+    case = Case(model, x, torch.randint(WORDS, (20,)))
+    options = {"num_landmarks": 20, "rank": 12, "num_samples": 32, "residual": 2}
+    given = GIVEN | {"residual_scale": 0.3, "temperature": temperature}
+    found = []
+    for engine in ("layerwise", "forward"):
+        predictor = fit_ella(model, case.loader(), engine=engine, top_outputs=2, **given | options)
+        linearization = predictor._linearization
+        assert linearization._pulls_back(x, 2, 14) == (engine == "layerwise")
+        out = predictor(x)
+        found.append([out.probs, out.indices, out.novelty, predictor.log_prob(x, case.targets), predictor.curvature])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_few_cotangents_are_pulled_back_and_many_are_not():
+    model, x = Wide().double(), torch.randn(20, 3).double()
+    linearization = Linearization(model)
+    linearization.logits(x)
+    assert linearization._pulls_back(x, 2, 20)
+    assert not linearization._pulls_back(x, 8, 20)  # all outputs
+    assert not linearization._pulls_back(x, 4, 3)  # tangents are fewer
+    words = Linearization(Language().double())
+    tokens = torch.randint(WORDS, (20, 4))
+    words.logits(tokens)
+    assert not words._pulls_back(tokens, 2, 1000)
