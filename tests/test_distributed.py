@@ -431,7 +431,7 @@ def learnt_of_some(world: World, x: Tensor, y: Tensor, count: int) -> Tensor:
     return predictor.update(loader_of(x[:count], 1 - y[:count]), distributed=True)(x[:count]).probs
 
 
-@pytest.mark.parametrize("count", [5, 50])
+@pytest.mark.parametrize("count", [12, 50])
 def test_all_processes_teach_the_same_student(pool: Pool, count: int):
     torch.manual_seed(0)
     x, y = torch.randn(50, 3).double(), torch.randint(2, (50,))

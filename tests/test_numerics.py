@@ -76,7 +76,7 @@ def test_the_last_thread_puts_back_what_the_first_found():
 
 @pytest.mark.usefixtures("as_set_by_a_user")
 def test_networks_are_evaluated_by_kernels_that_are_not_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with as_function():
         assert torch.backends.cudnn.deterministic
         assert not torch.backends.cudnn.benchmark
