@@ -16,7 +16,7 @@ import timm
 import torch
 import torchvision
 import zoo
-from conftest import ListDataset, TinyViT
+from conftest import ListDataset, TinyViT, at_a_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_callback import Data, Net, make_trainer
@@ -89,19 +89,13 @@ def test_what_is_done_in_parts_is_what_is_done_at_once(monkeypatch: pytest.Monke
     whole, likelihood = gaussian.samples(), Classification()
     labels = torch.tensor([0, 1, 2, -100, 1])
     expected = likelihood.nll(likelihood.predict(gaussian, "mc", torch.ones(())), labels)
-    monkeypatch.setattr("lightning_ella.chunks.CPU", replace(student_chunks(), outputs=7))
+    at_a_time(monkeypatch, outputs=7)
     torch.testing.assert_close(torch.cat(list(gaussian.in_parts())), whole)
     torch.testing.assert_close(torch.cat([part.samples() for part in gaussian.rows()], 1), whole)
     found = likelihood.nll(likelihood.predict(gaussian, "mc", torch.ones(())), labels)
     torch.testing.assert_close(found, expected)
     dense = -(whole.softmax(-1).mean(0)[torch.arange(5), labels.clamp_min(0)]).log()
     torch.testing.assert_close(found, torch.where(labels >= 0, dense, 0))
-
-
-def student_chunks():
-    from lightning_ella import chunks
-
-    return chunks.CPU
 
 
 @pytest.mark.parametrize("invariant", [True, False])
@@ -522,8 +516,8 @@ def test_a_network_that_squeezes_its_outputs(tmp_path: Path):
 
 def test_neither_the_loader_s_batches_nor_a_change_in_place_matter():
     predictor, fast, x, y = taught()
-    for points, perturb in ((loader(x, y, size=1), None), (loader(x, y, size=7), None)):
-        other = predictor.distil(points, perturb=perturb)
+    for size in (1, 7):
+        other = predictor.distil(loader(x, y, size=size))
         torch.testing.assert_close(other(x).probs, fast(x).probs, rtol=1e-3, atol=1e-4)
     exact = predictor.distil(loader(x, y), perturb=lambda inputs: inputs.add_(1)).figures["nll_exact"]
     assert exact == pytest.approx(fast.figures["nll_exact"])
