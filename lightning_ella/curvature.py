@@ -14,6 +14,7 @@ from .likelihoods import Likelihood
 from .linearize import Basis
 from .observations import checked, observations, weights_of
 from .predictions import shaped
+from .residual import random_signs
 
 CURVATURES = ("exact", "sampled")
 
@@ -32,8 +33,9 @@ def curvature(
 ) -> Tensor:
     """Generalised Gauss-Newton matrix H = Σ_i Ψ(x_i)ᵀ Λ(x_i) Ψ(x_i), (K, K) float64 (Deng, Zhou and Zhu 2022).
 
-    "sampled" needs no features: with y drawn from the network's own p(y|x), the mean of (Vᵀ∇ log p)(Vᵀ∇ log p)ᵀ is the
-    same matrix, for one backward pass a point, of however many outputs. It is unbiased, and noisy.
+    "sampled" needs no features: with random signs s, Ψᵀ √Λᵀ s sᵀ √Λ Ψ has Ψᵀ Λ Ψ as its mean (Hutchinson 1989), for
+    one backward pass a point, of however many outputs. It is unbiased, with less noise than labels that are drawn from
+    p(y|x), which are nearly all the likeliest where a network is sure; and the same where √Λ is one row.
 
     Args:
         linearization: of the network.
@@ -42,7 +44,7 @@ def curvature(
         likelihood: what Λ is.
         num_points: N; the sum over the n points visited is scaled by N / n.
         how: "exact" or "sampled".
-        seeds: (n,), of the targets that are drawn at each of all n points.
+        seeds: (n,), of the signs that are drawn at each of all n points.
         top: how many outputs are kept at each position, the others as one; for "exact".
         world: the processes that share the points.
     """
@@ -59,14 +61,14 @@ def curvature(
                         total += likelihood.curvature(some.logits.double(), scaled)
             else:
                 drawn = shared[done : done + len(targets)]
-                scores = partial(_sampled_scores, linearization, likelihood, targets, weights, drawn)
-                projections = linearization.projections(inputs, scores, basis)[1].double()  # (B, K)
+                signed = partial(_signed_root, linearization, likelihood, targets, weights, drawn)
+                projections = linearization.projections(inputs, signed, basis)[1].double()  # (B, K)
                 total += projections.T @ projections
             done += len(targets)
     return world.sum(total) * (num_points / len(seeds))
 
 
-def _sampled_scores(
+def _signed_root(
     linearization: Linearization,
     likelihood: Likelihood,
     targets: Tensor,
@@ -75,14 +77,17 @@ def _sampled_scores(
     flat: Tensor,
     part: slice,
 ) -> Tensor:
-    """Scores (b, D) of targets that the network itself gives, at its outputs (b, D) for some of the samples."""
-    outputs = linearization.at_positions(flat)
+    """√Λᵀ s, (b, D), at outputs (b, D) of some of the samples, each with signs s of its own."""
+    outputs = linearization.at_positions(flat)  # (b, *, C)
     known = checked(likelihood, outputs, targets[part], linearization.axis)
     weighted = weights_of(likelihood, known, None if weights is None else weights[part])
-    drawn = []
-    for output, seed in zip(outputs, seeds[part], strict=True):
-        generator = torch.Generator().manual_seed(seed)  # of the CPU: the same on every device
-        drawn.append(likelihood.sample(output.unsqueeze(0), generator))
-    scores = likelihood.score(outputs, torch.cat(drawn)) * weighted.sqrt().to(outputs).unsqueeze(-1)
-    scores = shaped(scores, linearization.axis)
-    return scores.flatten(1) if scores.ndim > 1 else scores.unsqueeze(1)
+    with torch.enable_grad():
+        features = torch.zeros_like(outputs).unsqueeze(-1).requires_grad_()  # along one direction
+        rooted = likelihood.rooted(outputs.flatten(0, -2), features.flatten(0, -3))  # (n, ·, 1)
+        rooted = rooted.reshape(len(outputs), -1)
+        # Drawn on the CPU: the same on every device.
+        generators = (torch.Generator().manual_seed(seed) for seed in seeds[part])
+        signs = torch.stack([random_signs(rooted.shape[1], generator, "cpu") for generator in generators])
+        (v,) = torch.autograd.grad(rooted, features, signs.to(rooted))
+    signed = shaped(v.squeeze(-1) * weighted.sqrt().to(outputs).unsqueeze(-1), linearization.axis)
+    return signed.flatten(1) if signed.ndim > 1 else signed.unsqueeze(1)

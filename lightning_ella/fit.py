@@ -30,7 +30,7 @@ from .likelihoods import LIKELIHOODS, Likelihood
 from .linearize import Basis, Forward, Parameters, as_function, chosen_names
 from .look import POINTS, look
 from .memory import free_memory, give_back
-from .numerics import exact, standard_normal
+from .numerics import exact, spread_normal
 from .observations import Observations, checked, joined, observations, weights_of
 from .posterior import SCALES, Posterior, calibrate, free_scales, prior_by_evidence
 from .predictions import Gaussian
@@ -41,6 +41,7 @@ from .samplers import len_of
 from .settings import Settings
 from .stages import Stages
 from .top import TEMPERATURES, sharpness
+from .typical import LOOKS, typical
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,10 @@ def run(
                     "each of several processes would read other points from such a loader: pass train_loader= and "
                     "calibration_loader= DataLoaders of map-style datasets."
                 )
-            settings = _sized(settings, len(train.numbers))
+            sized = _sized(settings, len(train.numbers))
+            if settings.num_landmarks is None:
+                log.info("ELLA: %d of %d training points are landmarks.", sized.num_landmarks, len(train.numbers))
+            settings = sized
             inputs, example = look(linearization, train, held_out, settings)
             counted = linearization.network.view.counted
             weights = json.dumps(fingerprint(model, counted)) if world.size > 1 or stages.path else ""
@@ -171,6 +175,7 @@ def run(
 
         def make_curvature() -> dict[str, Tensor]:
             numbers = train.arranged(draw(settings.num_curvature, train.numbers, generator))
+            how = settings.curvature_of(len(numbers))
             most = _most_probes(linearization, settings)
             probes = num_probes("auto", settings.rank, reverse=reverse, most=most) if by_evidence else 0
             hessian = curvature(
@@ -179,7 +184,7 @@ def run(
                 with_probes(dict(basis), probes, settings.seed),
                 likelihood,
                 len(train),
-                how=settings.curvature,
+                how=how,
                 top=settings.top_outputs,
                 seeds=torch.randint(2**62, (len(numbers),), generator=generator),
                 world=world,
@@ -193,7 +198,7 @@ def run(
         give_back()
         if not likelihood.is_complete:
             points, what = (train, "noise of training points") if held_out is None else (held_out, "noise")
-            numbers = draw(settings.num_calibration, points.numbers, torch.Generator().manual_seed(settings.seed))
+            numbers = draw(_looks(settings), points.numbers, torch.Generator().manual_seed(settings.seed))
             residuals = visit(points, points.arranged(numbers), what)
             likelihood = _completed(likelihood, linearization, residuals, world)
         hessian = stages.do("curvature", world, generator, linearization.device, make_curvature)["curvature"]
@@ -220,7 +225,10 @@ def run(
             )
             unseen, posterior, figures = None, _given(hessian, likelihood, settings, prior), {}
         else:
-            numbers = held_out.arranged(draw(settings.num_calibration, held_out.numbers, generator))
+            numbers = held_out.arranged(draw(_looks(settings), held_out.numbers, generator))
+            if (most := settings.num_calibration) is not None and len(numbers) > most:
+                looks = visit(held_out, numbers, "look at unseen points")
+                numbers = typical(linearization, likelihood, looks, numbers, most, generator, world)
             count = len(numbers)
             others = settings.temperature or 1.0
             if settings.top_outputs is not None and settings.temperature is None:
@@ -297,7 +305,7 @@ def check(
         train, held_out = _points(start, unseen_start, unpack, settings)
         reading = (time.perf_counter() - started) / len(train.numbers)  # of a point of a stream
         count = len(train.numbers)
-        sized = _sized(settings, count if start is train_loader else MANY)
+        sized = _sized(settings, count if start is train_loader else 2 * MANY)
         if start is not train_loader:  # how many points there are is not known
             sized = replace(sized, num_landmarks=min(count, sized.num_landmarks or count), rank=min(count, sized.rank))
         linearization = linearize(model, forward, asdict(sized), names)
@@ -361,14 +369,18 @@ def _price(
     basis = {name: value.new_zeros(1, *value.shape).expand(columns, *value.shape) for name, value in parameters.items()}
     outputs = torch.zeros(count, dtype=torch.long)
     gradient = _timed(lambda: [None for _ in linearization.gradients(inputs, outputs)]) / count
+    output = _timed(lambda: linearization.logits(inputs)) / count
     feature = _timed(lambda: linearization.look(inputs, basis, settings.top_outputs)) / count
-    landmarks = min(settings.num_landmarks or MANY, num_points)
+    landmarks = _sized(settings, num_points).num_landmarks or 0
     held = sketch_numbers(landmarks, parameters, settings.rank, linearization.memory_budget // 2) is None
-    one = feature if settings.curvature == "exact" else gradient
+    summed, tuned = (
+        min(most or KEEP, n)
+        for most, n in ((settings.num_curvature, num_points), (settings.num_calibration, num_unseen))
+    )
     return {
         "landmarks": landmarks * gradient * (1 if held else 2),
-        "curvature": min(settings.num_curvature or KEEP, num_points) * one,
-        "calibration": min(settings.num_calibration or KEEP, num_unseen) * feature,
+        "curvature": summed * (feature if settings.curvature_of(summed) == "exact" else gradient),
+        "calibration": tuned * feature + (min(_looks(settings) or tuned, num_unseen) - tuned) * output,
     }
 
 
@@ -390,18 +402,14 @@ def _listed(seconds: Mapping[str, float]) -> str:
 
 
 def _sized(settings: Settings, num_points: int) -> Settings:
-    """With a number of landmarks: 2,000 or all points, where it was left open."""
+    """With a number of landmarks where it was left open: half of the points, but 200 to 1,000 of them."""
     if settings.num_landmarks is not None:
         return settings
-    count = min(MANY, num_points)
-    if num_points != MANY:  # nor where it is not known how many there are
-        log.info(
-            "ELLA: %s training points are landmarks.", f"{count} of {num_points}" if count == MANY else f"all {count}"
-        )
+    count = min(num_points, max(FEW_LANDMARKS, min(MANY, num_points // 2)))
     return replace(settings, num_landmarks=count, rank=min(settings.rank, count))
 
 
-MANY = 2000  # landmarks, where there are so many points
+FEW_LANDMARKS, MANY = 200, 1000
 
 
 def _share_of_memory(model: nn.Module, world: World) -> int:
@@ -433,13 +441,18 @@ def _identity(
 
 
 def _points(train: Any, held_out: Any | None, unpack: Unpack, settings: Settings) -> tuple[Points, Points | None]:
-    unseen = None if held_out is None else points_of(held_out, unpack, settings.num_calibration or KEEP)
+    unseen = None if held_out is None else points_of(held_out, unpack, _looks(settings) or KEEP)
     return points_of(train, unpack, _kept(settings)), unseen
+
+
+def _looks(settings: Settings) -> int | None:
+    """How many unseen points the network looks at; None for all."""
+    return None if settings.num_calibration is None else LOOKS * settings.num_calibration
 
 
 def _kept(settings: Settings) -> int:
     """How many points of a training stream are held."""
-    return max(settings.num_landmarks or MANY, settings.num_curvature or KEEP)
+    return max(settings.num_landmarks or 2 * MANY, settings.num_curvature or KEEP)
 
 
 def _basis(
@@ -581,7 +594,7 @@ def _moved(
 
 def _draws(settings: Settings, unseen: Observations, curvature: Tensor) -> Tensor:
     """Standard normal numbers, (S, K + m), where the curvature is."""
-    draws = standard_normal(settings.num_samples, unseen.features.shape[-1], settings.seed)
+    draws = spread_normal(settings.num_samples, unseen.features.shape[-1], settings.seed)
     return draws.to(curvature.device, unseen.features.dtype)
 
 

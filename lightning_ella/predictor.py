@@ -32,7 +32,7 @@ from .head import Head, compare
 from .learning import Learnt, figures_of, learn
 from .likelihoods import LIKELIHOODS
 from .linearize import Basis, Forward, as_function
-from .numerics import standard_normal
+from .numerics import spread_normal
 from .observations import Observations, joined, matched, observations
 from .perturb import Perturb
 from .posterior import SCALES, Posterior
@@ -111,7 +111,7 @@ class ELLAPredictor(Head):
             with_probes(self._tangents, settings["residual"], settings["seed"])
         self.settings, self.batched = dict(settings), batched
         self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
-        draws = standard_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
+        draws = spread_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
         self.draws = draws.to(curvature.device)
         self._quiet = quiet
         self._view: tuple[Forward, Linearization] | None = None

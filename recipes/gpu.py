@@ -28,7 +28,7 @@ from lightning_ella import ELLAPredictor, fit_ella
 from lightning_ella.engine import Linearization
 from lightning_ella.likelihoods import Classification
 from lightning_ella.linearize import as_function
-from lightning_ella.numerics import standard_normal
+from lightning_ella.numerics import spread_normal
 from lightning_ella.observations import Observations
 from lightning_ella.posterior import calibrate
 from lightning_ella.residual import num_probes
@@ -123,7 +123,7 @@ def search(K: int, C: int, count: int, device: torch.device) -> None:
     points = Observations(logits.to(device), features.to(device), logits.argmax(-1).roll(1).to(device))
     curvature = torch.randn(K, K, generator=generator).double()
     curvature = (curvature @ curvature.T + torch.eye(K)).to(device)
-    draws = standard_normal(512, columns, 0).to(device)
+    draws = spread_normal(512, columns, 0).to(device)
     calibrate(points, curvature, Classification(), predictive="mc", draws=draws, given={})
 
 

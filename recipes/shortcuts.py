@@ -1,121 +1,115 @@
-"""What each shortcut of the fit costs in NLL on test images, and the paper's protocol beside it.
+"""What a fit takes, in epochs of the training, and what each of its shortcuts loses.
 
-    python recipes/shortcuts.py data.root=<folder> model.checkpoint=<file> [data.split=<npz>]
+python recipes/shortcuts.py                              # digits and a small ResNet, trained first
+python recipes/shortcuts.py experiment=cifar10_resnet20 trainer.max_epochs=0 data.root=<folder> model.checkpoint=<file>
 
-One fit gives the basis. Features of 40,000 training points are computed once; from them come the paper's protocol (its
-prior variance; stop where the NLL on unseen images, looked at after every 1,000 points, is lowest) and the curvature of
-fewer points with both scales tuned. The other rows are fits of their own with the scales of the first, and say how
-far the variances of the logits are from that one's.
+The first fit takes none: many landmarks, the exact curvature of many points, all unseen points. Each row after it
+takes one of the shortcuts, then all of those that are the defaults, then these and one more. An epoch is counted from
+`num_timed` images of the training data, as they are loaded and learnt from.
 """
 
 import json
+import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from build import build
-from data import some
-from features import LIKELIHOOD, cache, nll
+from adapt import posterior_options
+from compare import Sets, evaluation_sets, network
+from data import Images, some
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch import seed_everything
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
+from price import BATCH, Rung, network_alone, with_novelty, worth
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_ella import ELLAPredictor, fit_ella
-from lightning_ella.observations import Observations
-from lightning_ella.posterior import Posterior, calibrate
-
-PAPER_PRIOR_VARIANCE = 0.04
-FEWER = (250, 500, 1000, 2000, 5000, 10_000, 20_000)
+from lightning_ella import fit_ella
+from lightning_ella.typical import LOOKS
 
 
-def paper(
-    curvatures: dict[int, Tensor], total: int, unseen: Observations, test: Observations, draws: Tensor
-) -> tuple[float, int]:
-    """NLL on the test images, and where the paper's protocol stops.
+def epoch(module: LightningModule, data: Images, num_timed: int) -> float:
+    """Seconds of an epoch of training, of which so many images are timed."""
+    loader, device = data.train_dataloader(), next(module.parameters()).device
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    module.train()
+    seen, count = 0, max(2, num_timed // data.batch_size)
+    for i, batch in enumerate(islice(loader, count + 1)):
+        if i == 1:  # the first one warms up
+            started = time.perf_counter()
+        optimizer.zero_grad()
+        images, targets = (part.to(device) for part in batch)
+        torch.nn.functional.cross_entropy(module(images), targets).backward()
+        optimizer.step()
+        seen += len(images) * (i > 0)
+    seconds = (time.perf_counter() - started) / seen * len(loader.dataset)  # type: ignore[possibly-undefined, arg-type]
+    module.load_state_dict(before)
+    module.eval()
+    return seconds
 
-    After n points its posterior covariance is (Σ_n + n I / (N σ₀²))⁻¹: that of the mean curvature, times N / n.
-    """
 
-    def after(n: int) -> Posterior:
-        scale = torch.tensor(total / n, dtype=torch.float64)
-        one = torch.ones_like(scale)
-        return Posterior(curvatures[n] * total / n, PAPER_PRIOR_VARIANCE * one, scale, one, one)
+def fits(config: DictConfig, data: Images) -> dict[str, tuple[dict[str, Any], bool]]:
+    """By row the settings, and whether the unseen points are a fifth of them drawn at random."""
+    most = {"num_landmarks": min(config.num_landmarks, len(data.clean))}  # type: ignore[arg-type]
+    full = most | {"curvature": "exact", "num_curvature": config.num_curvature, "num_calibration": None}
+    options = posterior_options(config)
+    names = ("num_landmarks", "curvature", "num_curvature", "num_calibration")
+    landmarks, how, points, calibration = ({name: config.ella[name]} for name in names)
+    return {
+        "no shortcut": (options | full, False),
+        "fewer landmarks": (options | full | landmarks, False),
+        "sampled curvature": (options | full | how | points, False),
+        "fewer unseen points, at random": (options | full, True),
+        "fewer unseen points, typical ones": (options | full | calibration, False),
+        "all of these: the defaults": (options | calibration, False),
+        "gradients streamed": (options | calibration | {"memory_budget": config.memory_budget}, False),
+        "basis in bf16": (options | calibration | {"basis_precision": "bf16"}, False),
+        "features in bf16": (options | calibration | {"precision": "bf16"}, False),
+    }
 
-    best = min(curvatures, key=lambda n: nll(unseen, after(n), draws))
-    return nll(test, after(best), draws), best
 
-
-def row(predictor: ELLAPredictor, dataset: Dataset, reference: Tensor | None) -> dict[str, Any]:
-    """NLL of a predictor on the test images, and how far its variances are from the reference's."""
-    outs = [(predictor(images), targets) for images, targets in tqdm(DataLoader(dataset, 128), desc="test images")]
-    losses = torch.cat([LIKELIHOOD.nll(out, targets) for out, targets in outs])
-    found: dict[str, Any] = {"nll": float(losses.mean()), "variance": torch.cat([o.logits_variance for o, _ in outs])}
-    if reference is not None:
-        error = (found["variance"] / reference - 1).abs().flatten()
-        found |= {"median": float(error.median()), "p99": float(error.quantile(0.99))}
-    return found
+def show(rows: dict[str, dict[str, float]], title: str) -> None:
+    """Print the table."""
+    columns = list(rows["no shortcut"])
+    table = Table("", *columns, title=title)
+    for name, figures in rows.items():
+        known = (
+            f"{figures[c]:.{2 if c == 'epochs' else 0 if c == 's' else 4}f}" if c in figures else "" for c in columns
+        )
+        table.add_row(name, *known)
+    Console(width=200).print(table)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="shortcuts")
 def main(config: DictConfig) -> None:
     """Fit, compare, print, and write shortcuts.json."""
-    seed_everything(config.seed, verbose=False)
-    module, data = build(config)
+    data: Images = instantiate(config.data)
+    module = network(config, data, config.seed).to(config.device)
+    module.trainer = None
     data.setup("fit")
-    train, unseen, test = data.ella_train_dataloader(), data.holdout, some(data.test, config.num_test, config.seed)
-    common = {"num_landmarks": config.num_landmarks, "rank": config.rank, "seed": config.seed}
-    common |= {"residual": "none", "temperature": 1.0}  # what is compared is what the span gives
-    base = fit_ella(module, train, data.val_dataloader(), num_calibration=config.num_calibration, **common)
-    rows = {"default": row(base, test, None)}
-    reference = rows["default"].pop("variance")
-    given = {name: float(getattr(base, name)) for name in ("prior_variance", "covariance_scale")}
-    variants = {
-        "gradients streamed": {"memory_budget": config.memory_budget},
-        "basis in bf16": {"basis_precision": "bf16"},
-        "features in bf16": {"precision": "bf16"},
-        "curvature from sampled labels": {"curvature": "sampled"},
-    }
-    for name, options in variants.items():
-        rows[name] = row(fit_ella(module, train, **common, **given, **options), test, reference)
-        rows[name].pop("variance")
-
-    visited = cache(
-        base, DataLoader(some(train.dataset, config.num_curvature, config.seed + 1), 128), "training points"
-    )
-    held = cache(base, DataLoader(some(unseen, config.num_calibration, config.seed), 128), "unseen points")
-    tested = cache(base, DataLoader(test, 128), "test images")
-    stops = torch.arange(len(visited.logits)).split(config.stop_every)
-    sums = [LIKELIHOOD.curvature(visited.logits[i].double(), visited.features[i].double()) for i in stops]
-    curvatures = {int(i[-1]) + 1: torch.stack(sums[: k + 1]).sum(0) for k, i in enumerate(stops)}
-    total = len(train.dataset)  # type: ignore[arg-type]
-    loss, stop = paper(curvatures, total, held, tested, base.draws)
-    rows[f"the paper's protocol (stops at {stop:,})"] = {"nll": loss}
-    for n in (*(n for n in FEWER if n < len(visited.logits)), len(visited.logits)):
-        part = visited.rows(slice(n))
-        mean = LIKELIHOOD.curvature(part.logits.double(), part.features.double()) / len(part.logits)
-        chosen = calibrate(
-            held, mean * total, LIKELIHOOD, predictive="mc", draws=base.draws, given={"temperature": 1.0}
-        )
-        rows[f"curvature from {n:,} points, tuned"] = {"nll": nll(tested, chosen, base.draws)}
-    certain = Observations(tested.logits, torch.zeros_like(tested.features), tested.targets)
-    rows["MAP"] = {"nll": nll(certain, base.posterior, base.draws[:1])}
-    show(rows, config.num_test)
+    seconds = epoch(module, data, config.num_timed)
+    unseen = some(data.holdout, config.num_calibration, config.seed)
+    data.setup("test")
+    sets: Sets = {name: (x.to(config.device), y) for name, (x, y) in evaluation_sets(data, config).items()}
+    plan = fits(config, data)
+    rows = {}
+    with torch.no_grad(), tqdm(total=(len(plan) + 1) * len(sets), unit="set") as bar:
+        for name, (options, fewer) in plan.items():
+            bar.set_description(name)
+            points = some(unseen, config.num_calibration // LOOKS, config.seed + 1) if fewer else unseen
+            started = time.perf_counter()
+            predictor = fit_ella(module, data.ella_train_dataloader(), DataLoader(points, BATCH), **options)
+            took = time.perf_counter() - started
+            rows[name] = {"s": took, "epochs": took / seconds} | worth(Rung(with_novelty(predictor), took), sets, bar)
+        rows["network"] = worth(Rung(network_alone(module), 0.0), sets, bar)
+    show(rows, f"What a fit takes and loses; an epoch of {len(data.train):,} images takes {seconds:.0f} s")  # type: ignore[arg-type]
     (Path(HydraConfig.get().runtime.output_dir) / "shortcuts.json").write_text(json.dumps(rows, indent=2))
-
-
-def show(rows: dict[str, dict[str, float]], num_test: int) -> None:
-    """Print the table."""
-    table = Table("", "NLL", "variance off by (median)", "(99th percentile)", title=f"{num_test:,} test images")
-    for name, found in rows.items():
-        errors = (f"{found[key]:.2%}" if key in found else "" for key in ("median", "p99"))
-        table.add_row(name, f"{found['nll']:.4f}", *errors)
-    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

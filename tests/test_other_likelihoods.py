@@ -176,8 +176,8 @@ def test_the_noise_is_found(noise: str):
     with torch.no_grad():
         deviations = torch.tensor([0.3, 0.3]) if noise == "shared" else torch.tensor([0.2, 1.5])
         case.targets = case.logits() + deviations * torch.randn(2000, 2).double()
-    options = {"likelihood": "regression", "num_landmarks": 40, "rank": 5, "noise": noise}
-    predictor = fit_ella(case.model, case.loader(50), case.loader(50), **options)
+    options = {"likelihood": "regression", "num_landmarks": 40, "rank": 5, "noise": noise, "curvature": "exact"}
+    predictor = fit_ella(case.model, case.loader(50), case.loader(50), num_curvature=None, **options)
     found = torch.atleast_1d(torch.as_tensor(predictor.settings["noise_variance"]))
     torch.testing.assert_close(found.sqrt().expand(2), deviations, rtol=0.06, atol=0)
     assert predictor.temperature == 1
