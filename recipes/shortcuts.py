@@ -38,17 +38,19 @@ def epoch(module: LightningModule, data: Images, num_timed: int) -> float:
     loader, device = data.train_dataloader(), next(module.parameters()).device
     before = {name: value.clone() for name, value in module.state_dict().items()}
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    module.train()
-    seen, count = 0, max(2, num_timed // data.batch_size)
-    for i, batch in enumerate(islice(loader, count + 1)):
-        if i == 1:  # the first one warms up
-            started = time.perf_counter()
-        optimizer.zero_grad()
+
+    def learn(batch: list[torch.Tensor]) -> int:
         images, targets = (part.to(device) for part in batch)
+        optimizer.zero_grad()
         torch.nn.functional.cross_entropy(module(images), targets).backward()
         optimizer.step()
-        seen += len(images) * (i > 0)
-    seconds = (time.perf_counter() - started) / seen * len(loader.dataset)  # type: ignore[possibly-undefined, arg-type]
+        return len(images)
+
+    module.train()
+    learn(next(iter(loader)))  # to warm up
+    started = time.perf_counter()
+    seen = sum(map(learn, islice(loader, max(1, num_timed // data.batch_size))))
+    seconds = (time.perf_counter() - started) / seen * len(loader.dataset)  # type: ignore[arg-type]
     module.load_state_dict(before)
     module.eval()
     return seconds
