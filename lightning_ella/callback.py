@@ -82,7 +82,7 @@ class ELLACallback(Callback):
         ValueError: if a setting is out of range.
 
     Example:
-        >>> ella = ELLACallback(num_landmarks=2000, rank=20)
+        >>> ella = ELLACallback()
         >>> trainer = Trainer(callbacks=[ella])  # doctest: +SKIP
     """
 

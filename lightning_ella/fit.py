@@ -374,13 +374,13 @@ def _price(
     landmarks = _sized(settings, num_points).num_landmarks or 0
     held = sketch_numbers(landmarks, parameters, settings.rank, linearization.memory_budget // 2) is None
     summed, tuned = (
-        min(most or KEEP, n)
+        min(n, most or (KEEP if n == MOST else n))
         for most, n in ((settings.num_curvature, num_points), (settings.num_calibration, num_unseen))
     )
     return {
         "landmarks": landmarks * gradient * (1 if held else 2),
         "curvature": summed * (feature if settings.curvature_of(summed) == "exact" else gradient),
-        "calibration": tuned * feature + (min(_looks(settings) or tuned, num_unseen) - tuned) * output,
+        "calibration": tuned * feature + (min(_looks(settings) or 0, num_unseen) if num_unseen > tuned else 0) * output,
     }
 
 

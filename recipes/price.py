@@ -80,10 +80,14 @@ def rungs(config: DictConfig, model: nn.Module, data: Images) -> dict[str, Rung]
     scaled = temperature_scaling(task)
     found["temperature scaling"] = Rung(lambda images: with_entropy(scaled(images)), time.perf_counter() - started)
     options = posterior_options(config)
-    last = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1:]
-    parts: dict[str, dict[str, Any]] = {"last layer": {"parameters": [f"{last[0]}.*"]}} if last else {}
-    parts["exact, 2 likeliest outputs"] = {"top_outputs": 2}
-    for name, more in [*parts.items(), ("exact", {})]:
+    layers = [name for name, layer in model.named_modules() if any(True for _ in layer.parameters(recurse=False))]
+    parts: dict[str, dict[str, Any]] = {
+        "last layer": {"parameters": [f"{layers[-1]}.*"]},
+        "last third of the layers": {"parameters": [f"{name}.*" for name in layers[-(len(layers) // 3) :]]},
+        "exact, 2 likeliest outputs": {"top_outputs": 2},
+        "exact": {},
+    }
+    for name, more in parts.items():
         started = time.perf_counter()
         predictor = fit_ella(model, data.ella_train_dataloader(), held_out, **options | more)
         seconds = time.perf_counter() - started

@@ -41,7 +41,7 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     if "ella.predictor" in (text := "\n".join(blocks(page, "python"))) and "ELLACallback" not in text:
         names["ella"] = fitted(names)
     for block in blocks(page, "python"):
-        exec(compile(small(block), str(page), "exec"), names)
+        exec(compile(block, str(page), "exec"), names)
 
 
 def numbers() -> dict:
@@ -66,11 +66,6 @@ def fitted(names: dict):
     ella = ELLACallback(num_landmarks=50, rank=5)
     Trainer(max_epochs=1, callbacks=[ella], logger=False).fit(names["module"], names["datamodule"])
     return ella
-
-
-def small(block: str) -> str:
-    """The README's numbers, cut to the size of the test's data."""
-    return block.replace("num_landmarks=2000", "num_landmarks=50")
 
 
 @pages
