@@ -16,7 +16,31 @@ from .observations import checked, observations, weights_of
 from .predictions import shaped
 from .residual import random_signs
 
-CURVATURES = ("exact", "sampled")
+CURVATURES = ("auto", "exact", "sampled")
+FEW = 100  # points whose features are cheap
+POINTS_PER_DIRECTION = 25  # with fewer, the noise of random signs reaches the variances of predictions
+
+
+def way(how: str, num_points: int, rank: int, likelihood: Likelihood, *, tuned: bool) -> str:
+    """How the curvature of so many points is computed, "exact" or "sampled".
+
+    Args:
+        how: what was asked for; "auto" samples where there are many points for each direction.
+        num_points: n.
+        rank: K.
+        likelihood: one without a root of its curvature cannot be sampled.
+        tuned: whether scales are chosen afterwards, which evens out what noise does to all variances.
+
+    Raises:
+        ValueError: if it is to be sampled, and cannot be.
+    """
+    if how == "sampled" and not likelihood.has_root:
+        raise ValueError(
+            f"curvature='sampled' needs a root of what {type(likelihood).__name__} has as its curvature(): override "
+            "rooted() instead, or pass curvature='exact'."
+        )
+    many = num_points > max(FEW, POINTS_PER_DIRECTION * rank)
+    return how if how != "auto" else "sampled" if many and tuned and likelihood.has_root else "exact"
 
 
 def curvature(
@@ -81,6 +105,7 @@ def _signed_root(
     outputs = linearization.at_positions(flat)  # (b, *, C)
     known = checked(likelihood, outputs, targets[part], linearization.axis)
     weighted = weights_of(likelihood, known, None if weights is None else weights[part])
+    outputs = outputs.double()  # where a network is sure, Λ is what rounding leaves of 1 − p
     with torch.enable_grad():
         features = torch.zeros_like(outputs).unsqueeze(-1).requires_grad_()  # along one direction
         rooted = likelihood.rooted(outputs.flatten(0, -2), features.flatten(0, -3))  # (n, ·, 1)
@@ -89,5 +114,5 @@ def _signed_root(
         generators = (torch.Generator().manual_seed(seed) for seed in seeds[part])
         signs = torch.stack([random_signs(rooted.shape[1], generator, "cpu") for generator in generators])
         (v,) = torch.autograd.grad(rooted, features, signs.to(rooted))
-    signed = shaped(v.squeeze(-1) * weighted.sqrt().to(outputs).unsqueeze(-1), linearization.axis)
+    signed = shaped((v.squeeze(-1) * weighted.sqrt().to(v).unsqueeze(-1)).to(flat), linearization.axis)
     return signed.flatten(1) if signed.ndim > 1 else signed.unsqueeze(1)

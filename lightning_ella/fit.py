@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from .basis import nystrom_basis, sketch_numbers
 from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, num_samples, rows, slices
 from .chunks import chunks
-from .curvature import curvature
+from .curvature import curvature, way
 from .data import KEEP, LONGEST, Beginning, Points, beginning, draw, points_of, seeded
 from .distil import NUM_POINTS
 from .distributed import World
@@ -172,10 +172,11 @@ def run(
 
         num_outputs = example[0].numel()  # of all positions
         reverse = linearization.cheaper(inputs, settings.rank) == "layerwise"
+        num_curvature = min(len(train.numbers), settings.num_curvature or len(train.numbers))
+        how = way(settings.curvature, num_curvature, settings.rank, likelihood, tuned=held_out is not None)
 
         def make_curvature() -> dict[str, Tensor]:
-            numbers = train.arranged(draw(settings.num_curvature, train.numbers, generator))
-            how = settings.curvature_of(len(numbers))
+            numbers = train.arranged(draw(num_curvature, train.numbers, generator))
             most = _most_probes(linearization, settings)
             probes = num_probes("auto", settings.rank, reverse=reverse, most=most) if by_evidence else 0
             hessian = curvature(
@@ -256,7 +257,7 @@ def run(
                 **{name: getattr(posterior, name) for name in SCALES},
                 mean=posterior.mean,
                 forward=forward,
-                settings=asdict(settings) | {"residual": probes} | likelihood.stored(),
+                settings=asdict(settings) | {"residual": probes, "curvature": how} | likelihood.stored(),
                 origin=origin,
                 counted=counted,
                 batched=isinstance(inputs, Picked),
@@ -312,14 +313,19 @@ def check(
         inputs, _ = look(linearization, train, held_out, sized)
         engine = linearization.cheaper(inputs, sized.rank)
         num_unseen = _total(held_out, unseen_start)
-        seconds = _price(linearization, inputs, settings, _total(train, start), num_unseen)
+        num_points = _total(train, start)
+        likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
+        summed = min(num_points, settings.num_curvature or num_points)
+        how = way(settings.curvature, summed, sized.rank, likelihood, tuned=held_out is not None)
+        seconds, feature = _price(linearization, inputs, replace(settings, curvature=how), num_points, num_unseen)
         if distil:
-            asked = min(settings.num_calibration or KEEP, num_unseen)
-            seconds["student"] = 2 * min(NUM_POINTS, num_unseen) * seconds["calibration"] / max(1, asked)
+            seconds["student"] = 2 * min(NUM_POINTS, num_unseen) * feature
         if start is not train_loader:
             seconds = {"reading": reading * _length(train_loader, settings)} | seconds
     few = sized.limited(num_landmarks=FEW_POINTS, num_curvature=FEW_POINTS, num_calibration=FEW_POINTS, rank=2)
-    few = replace(few, engine=engine, residual=min(2, num_probes(settings.residual, settings.rank, reverse=False)))
+    few = replace(
+        few, engine=engine, curvature=how, residual=min(2, num_probes(settings.residual, settings.rank, reverse=False))
+    )
     with _silenced():
         hooks = {"unpack": unpack, "forward": forward, "parameters": parameters}
         rehearsed = run(model, start, unseen_start, few, progress=silent, **hooks).predictor
@@ -359,8 +365,8 @@ def _length(stream: Any, settings: Settings) -> int:
 
 def _price(
     linearization: Linearization, inputs: Inputs, settings: Settings, num_points: int, num_unseen: int
-) -> dict[str, float]:
-    """Seconds of the stages of a fit, from what a few points take."""
+) -> tuple[dict[str, float], float]:
+    """Seconds of the stages of a fit, from what a few points take; and of the features of one."""
     inputs = rows(inputs, slice(0, FEW_POINTS))
     count, parameters = num_samples(inputs), linearization.parameters
     reverse = linearization.cheaper(inputs, settings.rank) == "layerwise"
@@ -377,11 +383,12 @@ def _price(
         min(n, most or (KEEP if n == MOST else n))
         for most, n in ((settings.num_curvature, num_points), (settings.num_calibration, num_unseen))
     )
+    looks = min(_looks(settings) or 0, num_unseen) if num_unseen > tuned else 0
     return {
         "landmarks": landmarks * gradient * (1 if held else 2),
-        "curvature": summed * (feature if settings.curvature_of(summed) == "exact" else gradient),
-        "calibration": tuned * feature + (min(_looks(settings) or 0, num_unseen) if num_unseen > tuned else 0) * output,
-    }
+        "curvature": summed * (feature if settings.curvature == "exact" else gradient),
+        "calibration": looks * output + tuned * feature,
+    }, feature
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -402,10 +409,10 @@ def _listed(seconds: Mapping[str, float]) -> str:
 
 
 def _sized(settings: Settings, num_points: int) -> Settings:
-    """With a number of landmarks where it was left open: half of the points, but 200 to 1,000 of them."""
+    """With a number of landmarks where it was left open: half of the points, but 200 to 1,000, or twice K."""
     if settings.num_landmarks is not None:
         return settings
-    count = min(num_points, max(FEW_LANDMARKS, min(MANY, num_points // 2)))
+    count = min(num_points, max(FEW_LANDMARKS, 2 * settings.rank, min(MANY, num_points // 2)))
     return replace(settings, num_landmarks=count, rank=min(settings.rank, count))
 
 
@@ -447,12 +454,13 @@ def _points(train: Any, held_out: Any | None, unpack: Unpack, settings: Settings
 
 def _looks(settings: Settings) -> int | None:
     """How many unseen points the network looks at; None for all."""
-    return None if settings.num_calibration is None else LOOKS * settings.num_calibration
+    chosen = settings.num_calibration
+    return None if chosen is None else max(chosen, min(LOOKS * chosen, KEEP))
 
 
 def _kept(settings: Settings) -> int:
     """How many points of a training stream are held."""
-    return max(settings.num_landmarks or 2 * MANY, settings.num_curvature or KEEP)
+    return max(settings.num_landmarks or 2 * max(MANY, settings.rank), settings.num_curvature or KEEP)
 
 
 def _basis(

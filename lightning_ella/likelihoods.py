@@ -96,6 +96,15 @@ class Likelihood(ABC):
         """√Λ Ψ, (n, ·, K): what has Ψᵀ Λ Ψ as its square, for outputs (n, C) and features (n, C, K)."""
         return self.information(outputs).sqrt().unsqueeze(-1) * features
 
+    @property
+    def has_root(self) -> bool:
+        """Whether `rooted` is that of `curvature`: not where a class has written the second anew, and not the first."""
+        kinds = type(self).__mro__
+        rooted, curvature = (
+            next(i for i, kind in enumerate(kinds) if n in vars(kind)) for n in ("rooted", "curvature")
+        )
+        return rooted <= curvature
+
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """∇ log p(y|f) in the outputs, (*, C)."""
         with torch.enable_grad():

@@ -312,9 +312,9 @@ class ELLAPredictor(Head):
         curvature is taken out. What they did to the weights stays, for which training again is the only way.
 
         Raises:
-            ValueError: if some points were not learnt, or if the curvature would not be one any more: the predictor is
-                then as it was. For training points that cannot always be told, least where the curvature was
-                estimated from some of them.
+            ValueError: if some points were not learnt, or if the curvature was sampled, or would not be one any more:
+                the predictor is then as it was. For training points that cannot always be told, least where the
+                curvature was estimated from some of them.
         """
         with self._lock:
             if self.learnt is None and not self._taught:
@@ -538,6 +538,11 @@ class ELLAPredictor(Head):
             student.follow(self.posterior)
 
     def _forget_training(self, loader: DataLoader, unpack: Unpack) -> Self:
+        if self.settings["curvature"] == "sampled":
+            raise ValueError(
+                "the curvature was sampled, so what single training points gave to it is not known: fit with "
+                "curvature='exact', num_curvature=None to forget some of them later."
+            )
         change = self._curvature_of(loader, unpack)  # which moves the posterior to where the network is
         curvature = self.curvature - change.to(self.curvature)
         before, after = torch.linalg.eigvalsh(self.curvature)[-1], torch.linalg.eigvalsh(curvature)[0]
@@ -549,19 +554,15 @@ class ELLAPredictor(Head):
 
     def _curvature_of(self, loader: DataLoader, unpack: Unpack, *, probes: bool = False) -> Tensor:
         """Σ Ψᵀ Λ Ψ over the points of a loader, along the basis, and the probes, too, if so wanted."""
-        points, top, how = self._all(loader, unpack), self.settings["top_outputs"], self.settings["curvature"]
+        points, top = self._all(loader, unpack), self.settings["top_outputs"]
         if not len(points):
             raise ValueError("the loader has no points: pass one with data.")
-        seeds = torch.arange(
-            len(points.numbers)
-        )  # what is drawn for a point of a loader can be taken out by the same loader
+        seeds = torch.arange(len(points.numbers))
         with self._reading():
             linearization = self._here()
             tangents = self._tangents if probes else self.basis
             batches = tqdm(points.batches(points.numbers, self.device), desc="ELLA curvature", unit="batch")
-            return curvature(
-                *(linearization, batches, tangents, self.likelihood, len(points)), how=how, seeds=seeds, top=top
-            )
+            return curvature(*(linearization, batches, tangents, self.likelihood, len(points)), seeds=seeds, top=top)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

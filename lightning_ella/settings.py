@@ -14,7 +14,6 @@ from .posterior import SCALES
 
 MAX_DRAWS = 2**20
 MAX_PROBES = 1000
-FEW_POINTS = 100  # whose curvature is exact by default: fewer make a rough one, and their features are cheap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +32,15 @@ class Settings:
         top_outputs: k, for vocabularies: of the outputs at each position the k likeliest are kept, and all others
             count as one; None keeps all.
         num_landmarks: M, training inputs that the kernel is approximated from, one output of each; None takes
-            half of them, but 200 to 1,000.
+            half of them, but 200 to 1,000, and at least twice the rank.
         rank: K, directions of the kernel that are kept.
         landmarks: how the landmarks are drawn: "uniform-class" (classes in turn, as in the paper) or "uniform"; "auto"
             takes the first where every point has a class.
-        curvature: "exact", or "sampled" with one backward pass a point; "auto" takes the first for few points.
+        curvature: "exact", or "sampled" with one backward pass a point; "auto" takes the
+            second where there are 25 points or more for each direction, and unseen points to choose scales on.
         num_curvature: n, training points that the curvature is estimated from; None takes all.
         num_calibration: unseen points that the scales are chosen on, at most: such that the network's losses there are
-            like those on five times as many; None takes all.
+            like those on five times as many, or 5,000; None takes all.
         prior_variance: σ₀²; None chooses it on unseen points.
         covariance_scale: multiplier of the posterior covariance; None chooses it on unseen points.
         residual: the variance outside the span of the K directions, from random probes: "auto" takes as many as are
@@ -110,7 +110,7 @@ class Settings:
         for value in torch.atleast_1d(torch.as_tensor(1.0 if self.noise_variance is None else self.noise_variance)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"noise_variance={self.noise_variance!r} must be positive, or None to estimate it.")
-        _one_of("curvature", self.curvature, ("auto", *CURVATURES))
+        _one_of("curvature", self.curvature, CURVATURES)
         _one_of("engine", self.engine, ENGINES)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("basis_precision", self.basis_precision, PRECISIONS)
@@ -146,10 +146,6 @@ class Settings:
                 f"rank={self.rank} is more than num_landmarks={self.num_landmarks} can span: "
                 f"pass rank={self.num_landmarks} or less, or more landmarks."
             )
-
-    def curvature_of(self, num_points: int) -> str:
-        """How the curvature of so many points is computed."""
-        return self.curvature if self.curvature != "auto" else "exact" if num_points <= FEW_POINTS else "sampled"
 
     def limited(self, **limits: int) -> "Settings":
         """These settings, with none of the named numbers above its limit (None counts as above)."""

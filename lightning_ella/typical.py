@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from .batches import Batch
+from .batches import Batch, rows
 from .distributed import World
 from .engine import Linearization
 from .likelihoods import Likelihood
@@ -28,7 +28,7 @@ def typical(
     generator: Generator,
     world: World,
 ) -> list[int]:
-    """`count` of the points `numbers`, one from each of as many strata in the order of their losses.
+    """`count` of the points `numbers`, at equal distances in the order of their losses.
 
     Args:
         linearization: of the network.
@@ -42,31 +42,37 @@ def typical(
     with world.together("a look at the calibration points"):
         mine = losses(linearization, likelihood, batches)
     gathered = world.gather_rows(mine, len(numbers))
-    places = None if gathered is None else strata(gathered.cpu(), count, generator)
+    places = None if gathered is None else systematic(gathered.cpu(), count, generator)
     generator.set_state(world.from_first(generator.get_state()))
-    return [numbers[place] for place in world.object_from_first(places) or ()]
+    chosen = [numbers[place] for place in world.object_from_first(places) or ()]
+    if not chosen:
+        raise ValueError("no calibration point has a target that counts: pass calibration_loader= data with labels.")
+    return chosen
 
 
 def losses(linearization: Linearization, likelihood: Likelihood, batches: Iterable[Batch]) -> Tensor:
     """−log p(y|f) of each point, (n,), nats: the weighted mean of its positions, NaN where none of them counts."""
     found = [torch.empty(0, device=linearization.device)]
-    for inputs, targets, weights in batches:
-        outputs = linearization.at_positions(linearization.logits(inputs))  # (B, *, C)
-        known = checked(likelihood, outputs, targets, linearization.axis)
-        weighted = weights_of(likelihood, known, weights)  # (B, *)
-        counts = weighted > 0
-        each = torch.zeros_like(weighted)
-        each[counts] = -likelihood.log_prob(outputs[counts], known[counts]).to(each)
-        sums = (part.reshape(len(part), -1).sum(1) for part in (weighted * each, weighted))
-        found.append(torch.div(*sums))
+    for batch in (Batch(*batch) for batch in batches):
+        for part in linearization.affordable(batch.inputs, 1):
+            outputs = linearization.at_positions(linearization.logits(rows(batch.inputs, part)))  # (b, *, C)
+            known = checked(likelihood, outputs, batch.targets[part], linearization.axis)
+            weights = None if batch.weights is None else batch.weights[part]
+            weights = weights_of(likelihood, known, weights)  # (b, *)
+            counts = weights > 0
+            each = torch.zeros_like(weights)
+            loss = -likelihood.log_prob(outputs[counts], known[counts]).to(each)
+            each[counts] = torch.where(loss.isnan(), torch.inf, loss)
+            total, count = (values.reshape(len(values), -1).sum(1) for values in (weights * each, weights))
+            found.append(total / count)
     return torch.cat(found)
 
 
-def strata(losses: Tensor, count: int, generator: Generator) -> list[int]:
-    """Places of `count` losses (n,), one from each of as many strata of those that are there, in the order of n."""
+def systematic(losses: Tensor, count: int, generator: Generator) -> list[int]:
+    """Places of `count` losses (n,), at equal distances in their order (Madow and Madow 1944); none that is NaN."""
     order = losses.argsort(stable=True)[: int((~losses.isnan()).sum())].tolist()
     if len(order) <= count:
         return sorted(order)
-    within = torch.rand(count, generator=generator, dtype=torch.float64)
-    places = (torch.arange(count) + within) * len(order) / count
+    start = torch.rand((), generator=generator, dtype=torch.float64)
+    places = (torch.arange(count) + start) * len(order) / count
     return sorted(order[place] for place in places.long().tolist())

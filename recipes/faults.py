@@ -44,6 +44,7 @@ STAGES = (
     "the eigendecomposition",
     "the combination of the gradients",
     "the curvature",
+    "a look at the calibration points",
     "the calibration points",
     "the calibration",
     "the figures",
@@ -115,6 +116,7 @@ def worker(folder: Path, options: dict[str, str]) -> None:
         num_landmarks=31,
         rank=4,
         num_curvature=41,
+        num_calibration=19,
         memory_budget=2**30,
         on_error=options.get("on_error", "warn"),  # type: ignore[arg-type]
         resume="ckpt" in options,

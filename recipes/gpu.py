@@ -4,7 +4,7 @@
     python recipes/gpu.py device=cpu measured=[tiny] num_outputs=[3] matmul=[highest] samples=4 few=20 unseen=20
 
 Times are medians of warm rounds by the GPU's events, F is one forward pass of the same batch. A fit is measured with
-few points, and its stages are scaled to 2,000 landmarks, 2,000 points of curvature and 5,000 unseen ones.
+few points, and its stages are scaled to 1,000 landmarks, 1,000 points of curvature and 1,000 unseen ones.
 """
 
 import json
@@ -33,7 +33,7 @@ from lightning_ella.observations import Observations
 from lightning_ella.posterior import calibrate
 from lightning_ella.residual import num_probes
 
-LANDMARKS, CURVATURE, UNSEEN = 2000, 2000, 5000  # of the fit that times are scaled to
+LANDMARKS, CURVATURE, UNSEEN = 1000, 1000, 1000  # of the fit that times are scaled to
 
 
 def of_products(config: DictConfig, bench: Bench) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def of_a_fit(config: DictConfig, bench: Bench) -> dict[str, Any]:
 
     ends = Ends()
     logging.getLogger("lightning_ella").addHandler(ends)
-    sizes = {"num_landmarks": config.few, "num_curvature": config.few, "rank": config.rank}
+    sizes = {"num_landmarks": config.few, "num_curvature": config.few, "rank": config.rank, "curvature": "sampled"}
     try:
         predictor = fit_ella(bench.model, loader(config.few), loader(config.unseen), **sizes, landmarks="uniform")
     finally:
@@ -123,7 +123,7 @@ def search(K: int, C: int, count: int, device: torch.device) -> None:
     points = Observations(logits.to(device), features.to(device), logits.argmax(-1).roll(1).to(device))
     curvature = torch.randn(K, K, generator=generator).double()
     curvature = (curvature @ curvature.T + torch.eye(K)).to(device)
-    draws = spread_normal(512, columns, 0).to(device)
+    draws = spread_normal(256, columns, 0).to(device)
     calibrate(points, curvature, Classification(), predictive="mc", draws=draws, given={})
 
 

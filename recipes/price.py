@@ -31,11 +31,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_ella import fit_ella
+from lightning_ella import FastPredictor, fit_ella
 from lightning_ella.predictions import entropy
+
+try:
+    import onnxruntime
+except ImportError:  # of the extra "export"
+    onnxruntime: Any = None
 
 BATCHES = (64, 1)  # images that a price is measured with
 BATCH = 100  # images that are asked about at a time
+DIGITS = {"F": 1, "ms": 1, "fit": 1, "s": 1, "epochs": 2}  # of these columns; of all others four
 
 Answer = tuple[Tensor, Tensor]  # probabilities (B, C), and how foreign the images look, (B,)
 
@@ -71,7 +77,19 @@ def with_novelty(predictor: Any) -> Callable[[Tensor], Answer]:
     return ask
 
 
-def rungs(config: DictConfig, model: nn.Module, data: Images) -> dict[str, Rung]:
+def by_onnxruntime(fast: FastPredictor, path: Path, example: Tensor) -> Callable[[Tensor], Answer]:
+    """The student with its network as an exported program, which needs no PyTorch."""
+    session = onnxruntime.InferenceSession(fast.export(path, example), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def ask(images: Tensor) -> Answer:
+        probs, novelty = session.run(["probs", "novelty"], {name: images.cpu().numpy()})
+        return torch.from_numpy(probs), torch.from_numpy(novelty)
+
+    return ask
+
+
+def rungs(config: DictConfig, model: nn.Module, data: Images, folder: Path) -> dict[str, Rung]:
     """From the cheapest to the dearest."""
     held_out = DataLoader(some(data.holdout, config.num_calibration, config.seed), BATCH)
     found = {"network": Rung(network_alone(model), 0.0)}
@@ -80,10 +98,11 @@ def rungs(config: DictConfig, model: nn.Module, data: Images) -> dict[str, Rung]
     scaled = temperature_scaling(task)
     found["temperature scaling"] = Rung(lambda images: with_entropy(scaled(images)), time.perf_counter() - started)
     options = posterior_options(config)
-    layers = [name for name, layer in model.named_modules() if any(True for _ in layer.parameters(recurse=False))]
+    layers = [name for name, layer in model.named_modules() if name and [*layer.parameters(recurse=False)]]
+    third, (*_, last) = layers[-max(1, len(layers) // 3) :], layers
     parts: dict[str, dict[str, Any]] = {
-        "last layer": {"parameters": [f"{layers[-1]}.*"]},
-        "last third of the layers": {"parameters": [f"{name}.*" for name in layers[-(len(layers) // 3) :]]},
+        f"last layer, {last}": {"parameters": [f"{last}.*"]},
+        "last third of the layers": {"parameters": [f"{name}.*" for name in third]},
         "exact, 2 likeliest outputs": {"top_outputs": 2},
         "exact": {},
     }
@@ -93,18 +112,21 @@ def rungs(config: DictConfig, model: nn.Module, data: Images) -> dict[str, Rung]
         seconds = time.perf_counter() - started
         if name == "exact":
             fast = predictor.distil(held_out)
-            found["student"] = Rung(with_novelty(fast), fast.figures["seconds"] + seconds)
+            seconds_taught = fast.figures["seconds"] + seconds
+            found["student"] = Rung(with_novelty(fast), seconds_taught)
+            if onnxruntime is not None:
+                example = first(data.holdout, 2, config.seed)[0].to(config.device)
+                found["student, by onnxruntime"] = Rung(
+                    by_onnxruntime(fast, folder / "student.onnx", example), seconds_taught
+                )
         found[name] = Rung(with_novelty(predictor), seconds)
     return found
 
 
-def price(rung: Rung, model: nn.Module, images: Tensor, repeats: int) -> float:
-    """In forward passes: the median of ratios of times taken in turns."""
-    ratios = []
-    for _ in range(repeats + 1):
-        one, other = (timed(ask, images) for ask in (model, rung.ask))
-        ratios.append(other / one)
-    return median(ratios[1:])
+def price(rung: Rung, model: nn.Module, images: Tensor, repeats: int) -> tuple[float, float]:
+    """In forward passes, the median of ratios of times taken in turns; and in milliseconds."""
+    times = [(timed(model, images), timed(rung.ask, images)) for _ in range(repeats + 1)][1:]
+    return median(other / one for one, other in times), 1000 * median(other for _, other in times)
 
 
 def timed(ask: Callable[[Tensor], Any], images: Tensor) -> float:
@@ -136,35 +158,46 @@ def worth(rung: Rung, sets: Sets, bar: tqdm) -> dict[str, float]:
     return figures
 
 
-def show(found: dict[str, dict[str, float]], console: Console) -> None:
-    """Print the ladder."""
-    columns = list(found["student"])
-    table = Table("", *columns, title="The ladder: price in forward passes, and what it buys")
-    for name, figures in found.items():
-        cells = (f"{figures[c]:.1f}" if c == "fit, s" or c.startswith("F") else f"{figures[c]:.4f}" for c in columns)
-        table.add_row(name, *cells)
-    console.print(table)
+def cells(figures: dict[str, float], columns: list[str]) -> list[str]:
+    """Numbers of a row, with as many digits as they are worth."""
+    digits = {column: DIGITS.get(column.split(",")[0], 4) for column in columns}
+    return [f"{figures[column]:.{digits[column]}f}" if column in figures else "" for column in columns]
+
+
+def show(rows: dict[str, dict[str, float]], title: str, path: Path) -> None:
+    """Print rows of figures as a table, and write it as Markdown."""
+    columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
+    table = Table("", *columns, title=title)
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, figures in rows.items():
+        known = cells(figures, columns)
+        table.add_row(name, *known)
+        lines.append(f"| {name} | " + " | ".join(known) + " |")
+    Console(width=200).print(table)
+    path.write_text("\n".join([*lines, ""]))
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="price")
 def main(config: DictConfig) -> None:
-    """Fit, measure and print; write price.json."""
+    """Fit, measure and print; write price.json and price.md."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     data: Images = instantiate(config.data)
     module = network(config, data, config.seed)
     module.trainer = None
     model = module.to(config.device)
     data.setup("fit")
-    ladder = rungs(config, model, data)
+    ladder = rungs(config, model, data, folder)
     data.setup("test")
     sets = {name: (x.to(config.device), y) for name, (x, y) in evaluation_sets(data, config).items()}
     images, found = first(data.test, max(BATCHES), config.seed)[0].to(config.device), {}
     with torch.no_grad(), tqdm(total=len(ladder) * len(sets), unit="set") as bar:
         for name, rung in ladder.items():
             bar.set_description(name)
-            prices = {f"F, batch {size}": price(rung, model, images[:size], config.repeats) for size in BATCHES}
-            found[name] = prices | {"fit, s": rung.seconds} | worth(rung, sets, bar)
-    show(found, Console(width=200))
+            prices = [price(rung, model, images[:size], config.repeats) for size in BATCHES]
+            costs = {f"F, batch {size}": ratio for size, (ratio, _) in zip(BATCHES, prices, strict=True)}
+            costs |= {f"ms, batch {size}": each for size, (_, each) in zip(BATCHES, prices, strict=True)}
+            found[name] = costs | {"fit, s": rung.seconds} | worth(rung, sets, bar)
+    show(found, "The ladder: price in forward passes, and what it buys", folder / "price.md")
     (folder / "price.json").write_text(json.dumps(found, indent=2))
     print(f"price.json is in {folder}")
 

@@ -23,9 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
-from price import BATCH, Rung, network_alone, with_novelty, worth
-from rich.console import Console
-from rich.table import Table
+from price import BATCH, Rung, network_alone, show, with_novelty, worth
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -76,21 +74,9 @@ def fits(config: DictConfig, data: Images) -> dict[str, tuple[dict[str, Any], bo
     }
 
 
-def show(rows: dict[str, dict[str, float]], title: str) -> None:
-    """Print the table."""
-    columns = list(rows["no shortcut"])
-    table = Table("", *columns, title=title)
-    for name, figures in rows.items():
-        known = (
-            f"{figures[c]:.{2 if c == 'epochs' else 0 if c == 's' else 4}f}" if c in figures else "" for c in columns
-        )
-        table.add_row(name, *known)
-    Console(width=200).print(table)
-
-
 @hydra.main(version_base="1.3", config_path="../conf", config_name="shortcuts")
 def main(config: DictConfig) -> None:
-    """Fit, compare, print, and write shortcuts.json."""
+    """Fit, compare, print, and write shortcuts.json and shortcuts.md."""
     data: Images = instantiate(config.data)
     module = network(config, data, config.seed).to(config.device)
     module.trainer = None
@@ -110,8 +96,10 @@ def main(config: DictConfig) -> None:
             took = time.perf_counter() - started
             rows[name] = {"s": took, "epochs": took / seconds} | worth(Rung(with_novelty(predictor), took), sets, bar)
         rows["network"] = worth(Rung(network_alone(module), 0.0), sets, bar)
-    show(rows, f"What a fit takes and loses; an epoch of {len(data.train):,} images takes {seconds:.0f} s")  # type: ignore[arg-type]
-    (Path(HydraConfig.get().runtime.output_dir) / "shortcuts.json").write_text(json.dumps(rows, indent=2))
+    folder, count = Path(HydraConfig.get().runtime.output_dir), len(data.train)  # type: ignore[arg-type]
+    title = f"What a fit takes and loses; an epoch of {count:,} images takes {seconds:.0f} s"
+    show(rows, title, folder / "shortcuts.md")
+    (folder / "shortcuts.json").write_text(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

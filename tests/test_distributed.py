@@ -90,6 +90,7 @@ class Problem:
     batch_size: int = 4
     num_curvature: int | None = 13
     unseen: int = 9
+    num_calibration: int | None = None
     curvature: str = "exact"
     memory_budget: int | None = 2**30
     dtype: torch.dtype = torch.float64
@@ -99,6 +100,7 @@ class Problem:
             num_landmarks=self.landmarks,
             rank=self.rank,
             num_curvature=self.num_curvature,
+            num_calibration=self.num_calibration,
             curvature=self.curvature,
             memory_budget=self.memory_budget,
             num_samples=64,
@@ -153,7 +155,7 @@ def assert_each_once(answers: list[dict[str, Any]], alone: dict[str, Any], probl
         visited = Counter(number for answer in answers for number in answer["visited"].get(stage, []))
         assert visited == Counter(expected), stage
     assert len(alone["visited"]["ELLA landmarks"]) == problem.landmarks
-    assert len(alone["visited"]["ELLA calibration"]) == problem.unseen
+    assert len(alone["visited"]["ELLA calibration"]) == min(problem.unseen, problem.num_calibration or problem.unseen)
 
 
 @settings(deadline=None, max_examples=25)
@@ -169,6 +171,7 @@ def test_any_number_of_processes_gives_the_same_posterior(pool: Pool, data: st.D
         batch_size=data.draw(st.integers(1, 9)),
         num_curvature=data.draw(st.none() | st.integers(1, 20)),
         unseen=data.draw(st.integers(1, 12)),
+        num_calibration=data.draw(st.none() | st.integers(1, 6)),
         curvature=data.draw(st.sampled_from(["exact", "sampled"])),
     )
     size = data.draw(st.integers(2, MOST))

@@ -9,12 +9,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.utils.data import DataLoader
 
-from lightning_ella import LIKELIHOODS, fit_ella
-from lightning_ella.likelihoods import Likelihood, Regression
+from lightning_ella import LIKELIHOODS, ELLAPredictor, fit_ella
+from lightning_ella.batches import inputs_and_targets
+from lightning_ella.curvature import way
+from lightning_ella.fit import check
+from lightning_ella.likelihoods import Classification, Likelihood, Regression
 from lightning_ella.numerics import standard_normal
 from lightning_ella.observations import Observations
+from lightning_ella.posterior import SCALES as SCALE_NAMES
 from lightning_ella.posterior import Posterior, calibrate
 from lightning_ella.predictions import Gaussian
+from lightning_ella.settings import Settings
 
 OUTPUTS = dict.fromkeys(LIKELIHOODS, 3) | {"binary": 1, "heteroscedastic": 4, "ordinal": 3}
 SCALES = {"covariance_scale": 1.0, "residual": "none", "temperature": 1.0}
@@ -52,6 +57,73 @@ def test_the_curvature_is_the_covariance_of_the_score_of_targets_that_it_draws(n
     assert (found - expected).norm() < 0.02 * expected.norm()
     diagonal = fisher.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(likelihood.information(outputs), diagonal, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_random_signs_have_the_curvature_as_their_mean(name: str):
+    model, x, y, _ = problem(name)
+    options = {"likelihood": name, "num_landmarks": 40, "rank": 4, "num_curvature": None, "seed": 1, **SCALES}
+    options |= {"prior_variance": 1.0} | ({"noise_variance": (0.5, 1.0, 2.0)} if name == "regression" else {})
+    items = [(a.clone(), b.clone()) for a, b in zip(x, y, strict=True)]
+    many, once = (DataLoader(ListDataset(items * times), 600) for times in (300, 1))
+    sampled = fit_ella(model, many, **options, curvature="sampled")
+    exact = ELLAPredictor(
+        model,
+        basis=sampled.basis,
+        **{part: getattr(sampled, part) for part in ("eigenvalues", "curvature", *SCALE_NAMES)},
+        settings=sampled.settings,
+    )._curvature_of(once, inputs_and_targets)
+    assert (sampled.curvature / 300 - exact).norm() < 0.05 * exact.norm()
+
+
+class Shared(Classification):
+    """Of a user who wrote the curvature anew, and not its root."""
+
+    def curvature(self, outputs: Tensor, features: Tensor) -> Tensor:
+        return super().curvature(outputs, features)
+
+
+def test_a_curvature_of_ones_own_is_not_sampled_without_its_root(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(LIKELIHOODS, "shared", Shared)
+    case = make_case("mlp", 300)
+    options = {"num_landmarks": 40, "rank": 4, "num_curvature": None, **SCALES}
+    own = fit_ella(case.model, case.loader(), case.loader(), "shared", **options)
+    exact = fit_ella(case.model, case.loader(), case.loader(), curvature="exact", **options)
+    torch.testing.assert_close(own.curvature, exact.curvature)
+    with pytest.raises(ValueError, match="override rooted"):
+        fit_ella(case.model, case.loader(), case.loader(), "shared", curvature="sampled", **options)
+    with pytest.raises(ValueError, match="override rooted"):
+        check(case.model, case.loader(), case.loader(), Settings(likelihood="shared", curvature="sampled"))
+
+
+class Rootless(Classification):
+    """Whose root has no derivative."""
+
+    def rooted(self, outputs: Tensor, features: Tensor) -> Tensor:
+        return super().rooted(outputs, features).detach()
+
+
+def test_what_fails_in_the_fit_fails_in_its_rehearsal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(LIKELIHOODS, "rootless", Rootless)
+    case = make_case("mlp", 700)
+    with pytest.raises(RuntimeError, match="grad"):
+        check(case.model, case.loader(), case.loader(), Settings(likelihood="rootless"))
+
+
+@pytest.mark.parametrize(
+    ("how", "num_points", "rank", "tuned", "expected"),
+    [
+        ("auto", 1000, 20, True, "sampled"),
+        ("auto", 500, 20, True, "exact"),  # 25 points a direction
+        ("auto", 1000, 100, True, "exact"),
+        ("auto", 100, 1, True, "exact"),
+        ("auto", 10_000, 20, False, "exact"),  # nothing evens its noise out
+        ("sampled", 10, 20, False, "sampled"),
+        ("exact", 10_000, 1, True, "exact"),
+    ],
+)
+def test_the_curvature_is_sampled_where_its_noise_does_no_harm(how, num_points, rank, tuned, expected):
+    assert way(how, num_points, rank, LIKELIHOODS["classification"](), tuned=tuned) == expected
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)

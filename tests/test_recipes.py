@@ -166,8 +166,9 @@ def test_the_study_compares_rivals_and_ablations_and_writes_what_it_found(folder
 
 
 def test_the_shortcuts_of_a_fit_are_compared_on_any_image_folder(folder: Path, image_folder: Path):
-    network = ["experiment=own", "data=image_folder", "model.num_classes=2", "model.depth=8", "ella.rank=4", "ella.num_landmarks=16"]
+    network = ["experiment=own", "data=image_folder", "model.num_classes=2", "model.depth=8"]
     sizes = ["num_landmarks=24", "num_curvature=24", "num_calibration=20", "num_test=8", "memory_budget=4000000"]
+    sizes += ["ella.rank=4", "ella.num_landmarks=16"]
     sizes += [
         "ella.curvature=sampled",
         "ella.num_curvature=16",

@@ -37,6 +37,14 @@ def test_points_that_were_never_seen_cannot_be_forgotten():
     torch.testing.assert_close(predictor.curvature, before, rtol=0, atol=0)
 
 
+def test_a_curvature_that_was_sampled_does_not_know_its_points():
+    case = make_case("mlp")
+    options = {"num_landmarks": 40, "rank": 5, "num_curvature": None, "curvature": "sampled"}
+    predictor = fit_ella(case.model, part(case, slice(60)), **options, **GIVEN)
+    with pytest.raises(ValueError, match="fit with curvature='exact', num_curvature=None"):
+        predictor.forget(part(case, slice(10)))
+
+
 def bayesian_line(count: int = 30) -> tuple[nn.Module, Tensor, Tensor, float, float]:
     """A linear network at the posterior mean of Bayesian linear regression, the one case with an exact evidence."""
     torch.manual_seed(0)

@@ -7,14 +7,16 @@ import torch
 from conftest import make_case
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_ella import fit_ella
 from lightning_ella.batches import Batch
 from lightning_ella.engine import Linearization
-from lightning_ella.likelihoods import LIKELIHOODS
-from lightning_ella.typical import losses, strata
+from lightning_ella.fit import _sized
+from lightning_ella.likelihoods import LIKELIHOODS, Classification
+from lightning_ella.settings import Settings
+from lightning_ella.typical import losses, systematic
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -24,10 +26,10 @@ def generator(seed: int = 0) -> torch.Generator:
 @given(
     st.lists(st.one_of(st.floats(0, 1e6), st.just(float("nan"))), max_size=60), st.integers(1, 70), st.integers(0, 9)
 )
-def test_one_point_of_each_stratum_is_chosen(values: list[float], count: int, seed: int):
+def test_as_many_of_the_chosen_lose_more_than_any_loss_as_of_all(values: list[float], count: int, seed: int):
     given = torch.tensor(values, dtype=torch.float64)
     known = given[~given.isnan()]
-    places = strata(given, count, generator(seed))
+    places = systematic(given, count, generator(seed))
     assert places == sorted(set(places))
     assert len(places) == min(count, len(known))
     chosen = given[places]
@@ -42,7 +44,7 @@ def test_every_point_is_as_likely_as_another():
     given = torch.rand(10, dtype=torch.float64, generator=generator())
     times = torch.zeros(10)
     for seed in range(2000):
-        times[strata(given, 3, generator(seed))] += 1 / 2000
+        times[systematic(given, 3, generator(seed))] += 1 / 2000
     torch.testing.assert_close(times, torch.full((10,), 0.3), rtol=0, atol=0.05)
 
 
@@ -50,7 +52,7 @@ def test_their_mean_loss_varies_less_than_that_of_random_points():
     given = torch.randn(500, generator=generator()).abs().double()
     order = [torch.randperm(500, generator=generator(seed))[:50] for seed in range(50)]
     random = [float((given[some].mean() - given.mean()).abs()) for some in order]
-    chosen = [float((given[strata(given, 50, generator(seed))].mean() - given.mean()).abs()) for seed in range(50)]
+    chosen = [float((given[systematic(given, 50, generator(seed))].mean() - given.mean()).abs()) for seed in range(50)]
     assert mean(chosen) < mean(random) / 2
 
 
@@ -77,3 +79,32 @@ def test_the_scales_are_chosen_on_points_that_count(caplog: pytest.LogCaptureFix
     few = fit_ella(case.model, case.loader(7), case.loader(7), num_calibration=30, **options)
     every = fit_ella(case.model, case.loader(7), case.loader(7), num_calibration=None, **options)
     torch.testing.assert_close(few.temperature, every.temperature)  # the thirty that count are all that there are
+
+
+def test_where_no_point_counts_the_fix_is_named():
+    case = make_case("mlp", 40)
+    unseen = case.loader(7)
+    unseen.dataset.items = [(x, torch.tensor(-100)) for x, _ in unseen.dataset.items]
+    for most in (None, 10):
+        with pytest.raises(ValueError, match="no calibration point has a target"):
+            fit_ella(case.model, case.loader(7), unseen, num_landmarks=20, rank=4, num_calibration=most)
+
+
+class Holed(Classification):
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.where(targets == 1, torch.nan, super().log_prob(outputs, targets))
+
+
+def test_a_loss_that_is_no_number_is_the_worst():
+    batch = Batch(torch.randn(3, 4), torch.tensor([0, 1, -100]), None)
+    found = losses(Linearization(nn.Linear(4, 2)), Holed(), [batch])
+    assert found[0] < found[1] == torch.inf
+    assert found[2].isnan()
+
+
+@pytest.mark.parametrize(
+    ("points", "rank", "expected"), [(60, 20, 60), (300, 20, 200), (600, 20, 300), (600, 250, 500), (40_000, 20, 1000)]
+)
+def test_half_of_the_points_are_landmarks(points: int, rank: int, expected: int):
+    assert _sized(Settings(rank=rank), points).num_landmarks == expected
+    assert _sized(Settings(rank=rank), points).rank == rank
