@@ -292,7 +292,7 @@ def test_a_fit_moves_the_mean_by_unseen_points_only_where_each_is_predicted_bett
         f = model(inputs)
         like_it = Classification().sample(f, torch.Generator().manual_seed(5))
         shifted = Classification().sample(f + torch.tensor([2.0, 0.0, -2.0]), torch.Generator().manual_seed(5))
-    options = {**OPTIONS, "learn": True, "residual": 3}
+    options = {**OPTIONS, "learn": True, "residual": 3, "num_samples": 256}
     still = fit_ella(model, train, loader(inputs[:300], like_it[:300]), **options)
     torch.testing.assert_close(still(x).logits_mean, model(x).detach(), rtol=0, atol=0)
     moved, left = (
