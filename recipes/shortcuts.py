@@ -3,9 +3,9 @@
 python recipes/shortcuts.py                              # digits and a small ResNet, trained first
 python recipes/shortcuts.py experiment=cifar10_resnet20 trainer.max_epochs=0 data.root=<folder> model.checkpoint=<file>
 
-The first fit takes none: many landmarks, the exact curvature of many points, all unseen points. Each row after it
-takes one of the shortcuts, then all of those that are the defaults, then these and one more. An epoch is counted from
-`num_timed` images of the training data, as they are loaded and learnt from.
+The first fit takes none: many landmarks, the exact curvature of many points, all unseen points, many draws. The second
+has the defaults, and each row after it goes without one of their shortcuts, or takes one more. An epoch is counted
+from `num_timed` images of the training data, as they are loaded and learnt from.
 """
 
 import json
@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lightning_ella import fit_ella
-from lightning_ella.typical import LOOKS
 
 
 def epoch(module: LightningModule, data: Images, num_timed: int) -> float:
@@ -55,22 +54,23 @@ def epoch(module: LightningModule, data: Images, num_timed: int) -> float:
 
 
 def fits(config: DictConfig, data: Images) -> dict[str, tuple[dict[str, Any], bool]]:
-    """By row the settings, and whether the unseen points are a fifth of them drawn at random."""
-    most = {"num_landmarks": min(config.num_landmarks, len(data.clean))}  # type: ignore[arg-type]
-    full = most | {"curvature": "exact", "num_curvature": config.num_curvature, "num_calibration": None}
-    options = posterior_options(config)
-    names = ("num_landmarks", "curvature", "num_curvature", "num_calibration")
-    landmarks, how, points, calibration = ({name: config.ella[name]} for name in names)
+    """By row the settings, and whether the unseen points are some of them drawn at random."""
+    options = posterior_options(config) | {"num_calibration": config.ella.num_calibration}
+    undone: dict[str, dict[str, Any]] = {
+        "more landmarks": {"num_landmarks": min(config.num_landmarks, len(data.clean))},  # type: ignore[arg-type]
+        "the exact curvature of more points": {"curvature": "exact", "num_curvature": config.num_curvature},
+        "all unseen points": {"num_calibration": None},
+        "more draws": {"num_samples": config.num_samples},
+    }
+    everything: dict[str, Any] = {}
+    for part in undone.values():
+        everything |= part
     return {
-        "no shortcut": (options | full, False),
-        "fewer landmarks": (options | full | landmarks, False),
-        "sampled curvature": (options | full | how | points, False),
-        "fewer unseen points, at random": (options | full, True),
-        "fewer unseen points, typical ones": (options | full | calibration, False),
-        "all of these: the defaults": (options | calibration, False),
-        "gradients streamed": (options | calibration | {"memory_budget": config.memory_budget}, False),
-        "basis in bf16": (options | calibration | {"basis_precision": "bf16"}, False),
-        "features in bf16": (options | calibration | {"precision": "bf16"}, False),
+        "no shortcut": (options | everything, False),
+        "the defaults": (options, False),
+        **{f"… but {name}": (options | part, False) for name, part in undone.items()},
+        "… but as many unseen points at random": (options | {"num_calibration": None}, True),
+        "… and features in bf16": (options | {"precision": "bf16"}, False),
     }
 
 
@@ -90,7 +90,7 @@ def main(config: DictConfig) -> None:
     with torch.no_grad(), tqdm(total=(len(plan) + 1) * len(sets), unit="set") as bar:
         for name, (options, fewer) in plan.items():
             bar.set_description(name)
-            points = some(unseen, config.num_calibration // LOOKS, config.seed + 1) if fewer else unseen
+            points = some(unseen, config.ella.num_calibration, config.seed + 1) if fewer else unseen
             started = time.perf_counter()
             predictor = fit_ella(module, data.ella_train_dataloader(), DataLoader(points, BATCH), **options)
             took = time.perf_counter() - started

@@ -167,8 +167,8 @@ def test_the_study_compares_rivals_and_ablations_and_writes_what_it_found(folder
 
 def test_the_shortcuts_of_a_fit_are_compared_on_any_image_folder(folder: Path, image_folder: Path):
     network = ["experiment=own", "data=image_folder", "model.num_classes=2", "model.depth=8"]
-    sizes = ["num_landmarks=24", "num_curvature=24", "num_calibration=20", "num_test=8", "memory_budget=4000000"]
-    sizes += ["ella.rank=4", "ella.num_landmarks=16"]
+    sizes = ["num_landmarks=24", "num_curvature=24", "num_calibration=20", "num_test=8", "ella.num_landmarks=16"]
+    sizes += ["ella.rank=4", "num_samples=300"]
     sizes += [
         "ella.curvature=sampled",
         "ella.num_curvature=16",
@@ -182,8 +182,9 @@ def test_the_shortcuts_of_a_fit_are_compared_on_any_image_folder(folder: Path, i
     )
     rows = json.loads((made / "shortcuts.json").read_text())
     assert all(figures["NLL"] > 0 for figures in rows.values())
-    assert rows["all of these: the defaults"]["epochs"] > 0
-    assert rows["sampled curvature"]["NLL"] != rows["no shortcut"]["NLL"]
+    assert rows["the defaults"]["epochs"] > 0
+    undone = [name for name in rows if name.startswith("…")]
+    assert all(rows[name]["NLL"] != rows["the defaults"]["NLL"] for name in undone)  # each of them changes something
     assert "epochs" in printed
 
 
