@@ -1,7 +1,7 @@
 """What a network thinks on the way to its outputs: activations at a few places, pooled over positions."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .batches import Inputs, Picked, num_samples, rows
+from .folding import UNFOLDED, StaleError, find_folding
 from .linearize import Network, hooked
 
 ENOUGH = 6  # places: modules are opened until there are as many
@@ -49,6 +50,7 @@ class Recorder:
         self.network, self.places = network, list(places)
         modules = dict(network.view.root.named_modules())
         self._kept: dict[str, Any] = {}
+        self._folding, self._folded = UNFOLDED, ExitStack()
         for name in dict.fromkeys(place.module for place in places):
             modules[name].register_forward_hook(partial(self._keep, name))
 
@@ -59,10 +61,23 @@ class Recorder:
             ValueError: if a module was not called.
         """
         self._kept.clear()
-        outputs = self.network.own(inputs)
+        try:
+            with self.network.watch():
+                outputs = self.network.own(inputs)
+            self._folding.check()
+        except StaleError:  # these inputs go another way
+            self._folded.close()
+            return self(inputs)
         pooled = self.pooled(inputs, outputs)
         self._kept.clear()
         return outputs, pooled
+
+    def fold(self, inputs: Inputs) -> "Recorder":
+        """Let convolutions do the work of the BatchNorms after them, where these inputs show that they can."""
+        few = rows(inputs, slice(0, 2))
+        self._folding = find_folding(self.network, few, frozenset(self.network.names.values()))
+        self._folded.enter_context(self._folding.fused(self.network))
+        return self
 
     def pooled(self, inputs: Inputs, outputs: Tensor) -> Tensor:
         """Means over the positions of all places, and then standard deviations, (B, A)."""

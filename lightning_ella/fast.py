@@ -225,7 +225,7 @@ class FastPredictor(Head):
         if self.translation.scale.device != device:
             self.to(device)
         if self._recorder is None or self._recorder.network.device != device:
-            self._recorder = self._recording(inputs)
+            self._recorder = self._recording(inputs).fold(inputs)
         return self._recorder
 
     def _recording(self, inputs: Inputs, cast: Callable[[str, Tensor], Tensor] = lambda _, value: value) -> Recorder:

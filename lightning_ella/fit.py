@@ -136,10 +136,9 @@ def run(
                     "each of several processes would read other points from such a loader: pass train_loader= and "
                     "calibration_loader= DataLoaders of map-style datasets."
                 )
-            sized = _sized(settings, len(train.numbers))
-            if settings.num_landmarks is None:
-                log.info("ELLA: %d of %d training points are landmarks.", sized.num_landmarks, len(train.numbers))
-            settings = sized
+            asked, settings = settings.num_landmarks, _sized(settings, len(train.numbers))
+            if asked is None:
+                log.info("ELLA: %d of %d training points are landmarks.", settings.num_landmarks, len(train.numbers))
             inputs, example = look(linearization, train, held_out, settings)
             counted = linearization.network.view.counted
             weights = json.dumps(fingerprint(model, counted)) if world.size > 1 or stages.path else ""

@@ -93,6 +93,23 @@ class Folding:
                 stack.callback(setattr, network, "watch", nullcontext)
             yield
 
+    @contextmanager
+    def fused(self, network: Network) -> Iterator[None]:
+        """For outputs alone: let each convolution do the work of its BatchNorm, with weights and a bias of its own.
+
+        Evaluations must be within `network.watch()`, and raise a `StaleError` as those of `applied` do.
+        """
+        with ExitStack() as stack:
+            for pair in self.pairs:
+                way = _Fused(pair)
+                self._ways.append(way)
+                stack.enter_context(network.view.patched(pair.conv, forward=partial(way.convolve, pair.conv)))
+                stack.enter_context(network.view.patched(pair.norm, forward=partial(way.shift, pair.norm)))
+            stack.callback(self._ways.clear)
+            network.watch = partial(_Once, self._ways)
+            stack.callback(setattr, network, "watch", nullcontext)
+            yield
+
     def check(self) -> None:
         """After a forward pass: raise a `StaleError` if a convolution's output did not go into its BatchNorm."""
         if any(way.output is not None for way in self._ways):
@@ -133,6 +150,34 @@ class _Way:
         for tensor in tensors:
             if tensor is not None and self.once is not None:
                 self.once.used_up[id(tensor)] = weakref.ref(tensor)
+
+
+class _Fused(_Way):
+    """From a convolution that does the work of its BatchNorm as well."""
+
+    def __init__(self, pair: Pair):
+        super().__init__()
+        assert pair.norm.weight is not None
+        scale = pair.norm.weight.detach() / _deviation(pair.norm)
+        self.weight = pair.conv.weight.detach() * _along(scale, pair.conv.weight)
+        before = 0 if pair.conv.bias is None else pair.conv.bias.detach()
+        self.bias = (before - _mean(pair.norm)) * scale + pair.norm.bias.detach()
+
+    def convolve(self, conv: nn.Conv2d, input: Tensor) -> Tensor:
+        """With the BatchNorm in its weights, once for each BatchNorm."""
+        if self.output is not None:
+            raise StaleError
+        self.output = conv._conv_forward(input, self.weight, self.bias)
+        self._watch(self.output)
+        return self.output
+
+    def shift(self, norm: nn.BatchNorm2d | nn.SyncBatchNorm, input: Tensor) -> Tensor:
+        """Nothing is left to do: the same numbers under another name, as who asks for the convolution's is wrong."""
+        if input is not self.output or self.once is None:
+            raise StaleError
+        self.output = None
+        self._watch(input)
+        return input.view_as(input)
 
 
 class _Once(TorchFunctionMode):

@@ -37,7 +37,7 @@ class Settings:
         landmarks: how the landmarks are drawn: "uniform-class" (classes in turn, as in the paper) or "uniform"; "auto"
             takes the first where every point has a class.
         curvature: "exact", or "sampled" with one backward pass a point; "auto" takes the
-            second where there are 25 points or more for each direction, and unseen points to choose scales on.
+            second for more than 100 points and more than 25 for each direction, if there are unseen points, too.
         num_curvature: n, training points that the curvature is estimated from; None takes all.
         num_calibration: unseen points that the scales are chosen on, at most: such that the network's losses there are
             like those on five times as many, or 5,000; None takes all.

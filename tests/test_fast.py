@@ -174,7 +174,7 @@ def test_a_student_says_nearly_what_its_teacher_does(learned):
     a, b = predictor(x), fast(x)
     torch.testing.assert_close(b.logits_mean, a.logits_mean)
     assert (a.probs - b.probs).abs().mean() < 0.03
-    assert abs(nll(fast, x, y) - nll(predictor, x, y)) < 0.01 * nll(predictor, x, y)
+    assert abs(nll(fast, x, y) - nll(predictor, x, y)) < 0.02 * nll(predictor, x, y)
     assert float(torch.corrcoef(torch.stack([a.novelty.logit(), b.novelty.logit()]))[0, 1]) > 0.9
     assert float(torch.corrcoef(torch.stack([a.mutual_information, b.mutual_information]))[0, 1]) > 0.9
 

@@ -8,6 +8,7 @@ from conftest import make_case
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+from lightning_ella.activations import Recorder, find_places
 from lightning_ella.engine import Linearization
 from lightning_ella.folding import find_folding
 from lightning_ella.linearize import Network, as_function
@@ -192,3 +193,46 @@ def test_what_is_folded_once_is_not_taken_for_another_basis():
             expected = Linearization(case.model).features(case.inputs, tangents)[1]
             torch.testing.assert_close(linearization.features(case.inputs, tangents)[1], expected)
             del tangents
+
+
+def recorder(net: nn.Module, images: Tensor, layers: str | None = None) -> Recorder:
+    """One that looks at a layer, which is then not folded."""
+    network = Network(net, names=[name for name, _ in net.named_parameters()])
+    network.settle(images)
+    places = find_places(network, images, layers) if layers else []
+    return Recorder(network, places)
+
+
+@pytest.mark.parametrize("layers", [None, "conv1"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_and_activations_are_the_same_whether_or_not_it_folds(name: str, layers: str | None, images: Tensor):
+    make, _ = NETWORKS[name]
+    net = make().double().eval().requires_grad_(True)
+    with as_function():
+        plain, folded = recorder(net, images, layers), recorder(net, images, layers).fold(images)
+        for some in (images, images[:1], images.flip(0)):
+            torch.testing.assert_close(folded(some), plain(some))
+    torch.testing.assert_close(folded(images)[0], net(images))
+    assert ("forward" in vars(net.bn1)) == (name == "patched")
+
+
+def or_its_convolution_again(net: Net, x: Tensor) -> Tensor:
+    """What is big takes another way."""
+    y = net.conv1(x)
+    z = net.bn1(y) if len(x) > 1 else net.bn1(y) + y
+    return net.head(z.tanh().mean((2, 3)))
+
+
+def or_without_its_norm(net: Net, x: Tensor) -> Tensor:
+    y = net.conv1(x)
+    return net.head((net.bn1(y) if len(x) > 1 else y).tanh().mean((2, 3)))
+
+
+@pytest.mark.parametrize("forward", [or_its_convolution_again, or_without_its_norm])
+def test_inputs_that_go_another_way_are_not_folded(forward: Callable[[Net, Tensor], Tensor], images: Tensor):
+    net = Net(forward).double().eval()
+    with as_function():
+        folded = recorder(net, images).fold(images)
+        assert len(folded._folding.pairs) == 1
+        for some in (images, images[:1], images):
+            torch.testing.assert_close(folded(some)[0], net(some))
