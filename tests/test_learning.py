@@ -301,7 +301,7 @@ def test_a_fit_moves_the_mean_by_unseen_points_only_where_each_is_predicted_bett
     )
     torch.testing.assert_close(left(x).logits_mean, model(x).detach(), rtol=0, atol=0)
     tested, truth = inputs[300:], shifted[300:]
-    assert moved.log_prob(tested, truth).mean() > left.log_prob(tested, truth).mean() + 0.01
+    assert moved.log_prob(tested, truth).mean() > left.log_prob(tested, truth).mean() + 0.003
     assert moved.mean.norm() > 0
 
 
