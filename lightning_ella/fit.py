@@ -238,7 +238,8 @@ def run(
                 points = visit(held_out, numbers, "calibration")
                 most, top = max(1, ROWS // count), settings.top_outputs
                 unseen = _cached(linearization, points, basis, example, likelihood, most, seeds, top, others)
-            posterior, figures = _calibrated(unseen, hessian, likelihood, settings, world)
+            near = others if (settings.top_outputs or MOST) < example.shape[-1] - 1 else None  # where some are lost
+            posterior, figures = _calibrated(unseen, hessian, likelihood, settings, near, world)
         likelihood, temperature = likelihood.settled(posterior.temperature)
         if posterior.softened:
             hessian = hessian / posterior.temperature
@@ -558,7 +559,12 @@ def _cached(
 
 
 def _calibrated(
-    unseen: Observations, hessian: Tensor, likelihood: Likelihood, settings: Settings, world: World
+    unseen: Observations,
+    hessian: Tensor,
+    likelihood: Likelihood,
+    settings: Settings,
+    near: float | None,
+    world: World,
 ) -> tuple[Posterior, dict[str, float]]:
     """The posterior with scales chosen on cached logits, features and targets, and the figures there."""
     count = int(world.sum(torch.tensor(len(unseen.targets))))
@@ -569,7 +575,7 @@ def _calibrated(
     if settings.noise_variance is not None and likelihood.temperature_is_noise:
         given["temperature"] = given["temperature"] or 1.0
     posterior = calibrate(
-        unseen, hessian, likelihood, predictive=settings.predictive, draws=draws, given=given, world=world
+        unseen, hessian, likelihood, predictive=settings.predictive, draws=draws, given=given, near=near, world=world
     )
     figures = _compared(unseen, posterior, likelihood, settings.predictive, draws, world)
     _say(posterior, figures, count, free_scales(given, unseen.features, hessian, likelihood), likelihood)

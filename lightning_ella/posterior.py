@@ -27,6 +27,7 @@ TOP = 100  # outputs, that may be kept where there are more
 # Standard deviations, in e-folds, of a normal prior on each scale around its start: what the points cannot tell stays
 # there, and a few points that are all right do not make the network as sure as can be.
 WIDTHS = {"prior_variance": 3.0, "covariance_scale": 3.0, "residual_scale": 3.0, "temperature": 1.0}
+NEAR = 0.15  # the same of a temperature that is known from all outputs
 # Standard errors that the NLL may rise for more variance outside the span. On two ResNet-20s, calibrated on 1,000 and
 # 3,000 images, a whole one costs up to .6 % of the NLL on images like those, and gains 1 to 2 % on corrupted ones.
 CAUTION = 0.5
@@ -109,6 +110,7 @@ def calibrate(
     predictive: str,
     draws: Tensor,
     given: Mapping[str, float | None],
+    near: float | None = None,
     world: World | None = None,
 ) -> Posterior:
     """Choose the scales with the lowest NLL on unseen points, then as much variance outside the span as they allow.
@@ -126,6 +128,7 @@ def calibrate(
         predictive: how the posterior is integrated over.
         draws: (S, K + m) standard normal numbers; as many are used as `TUNING_BUDGET` allows, `MIN_DRAWS` at least.
         given: the scales that are fixed, by name; None where they are to be chosen.
+        near: a temperature to stay near, where outputs were put together at it: what these would lose is not seen.
         world: the processes that share the calibration points; the arguments are then this one's share.
     """
     world = world or World()
@@ -142,8 +145,12 @@ def calibrate(
         faster = f", which is faster with top_outputs={TOP}" if likelihood.one_of_many and logits.shape[1] > TOP else ""
         log.info("ELLA: choosing the scales on %d points of %d outputs%s.", count, logits.shape[1], faster)
     start = _start(points, curvature, likelihood, given, count, world)
+    widths = WIDTHS
+    if near is not None and given.get("temperature") is None:
+        start = replace(start, temperature=torch.full_like(start.temperature, near))
+        widths = WIDTHS | {"temperature": NEAR}
     free = free_scales(given, features, curvature, likelihood)
-    precision = torch.tensor([WIDTHS[name] ** -2 / count for name in free]).to(curvature)
+    precision = torch.tensor([widths[name] ** -2 / count for name in free]).to(curvature)
     parts = slices(len(logits), chunks(curvature).tuning // (logits.shape[1] * max(draws.shape)))
 
     def posterior(steps: Tensor) -> Posterior:
