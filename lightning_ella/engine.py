@@ -369,18 +369,19 @@ class Linearization:
         """
         if self.choice != "auto":
             return self.choice
-        sizes, passes = self.sizes(inputs), 1 + self.layerwise.slowness(inputs)
-        rows_held = self.layerwise.bytes_held(inputs) / max(1, sizes.held)
-        return "layerwise" if sizes.num_outputs * (passes + rows_held) <= rank else "forward"
+        return "layerwise" if self.sizes(inputs).num_outputs * self._cotangent_costs(inputs) <= rank else "forward"
+
+    def _cotangent_costs(self, inputs: Inputs) -> float:
+        """What a cotangent costs, in tangents: passes back, and rows of J that are held."""
+        passes = 1 + self.layerwise.slowness(inputs)
+        return passes + self.layerwise.bytes_held(inputs) / max(1, self.sizes(inputs).held)
 
     def _pulls_back(self, inputs: Inputs, top: int, rank: int) -> bool:
         """Whether the k + 1 cotangents of the likeliest outputs cost less than all else; not of several positions."""
         if isinstance(inputs, Picked) or self.choice == "forward":
             return False
-        sizes, passes = self.sizes(inputs), 1 + self.layerwise.slowness(inputs)
-        rows_held = self.layerwise.bytes_held(inputs) / max(1, sizes.held)
-        is_cheaper = top + 1 < sizes.num_outputs and (top + 1) * (passes + rows_held) <= rank
-        return is_cheaper and len(self.network.output_shape or ()) <= 1
+        fewer = top + 1 < self.sizes(inputs).num_outputs
+        return fewer and (top + 1) * self._cotangent_costs(inputs) <= rank and len(self.network.output_shape or ()) <= 1
 
     def _trouble(self, forward: ForwardMode, inputs: Inputs, basis: Basis) -> str | None:
         """Why forward mode cannot be used: a layer without a rule, or one whose rule is wrong under vmap."""

@@ -236,7 +236,7 @@ def run(
             with world.together("the calibration points"):
                 seeds = world.share(torch.randint(2**62, (count,), generator=generator).tolist())
                 points = visit(held_out, numbers, "calibration")
-                most, top = max(1, ROWS // count), settings.top_outputs
+                most, top = max(1, ROWS // max(1, count)), settings.top_outputs
                 unseen = _cached(linearization, points, basis, example, likelihood, most, seeds, top, others)
             near = others if (settings.top_outputs or MOST) < example.shape[-1] - 1 else None  # where some are lost
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, near, world)

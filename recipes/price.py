@@ -99,9 +99,9 @@ def rungs(config: DictConfig, model: nn.Module, data: Images, folder: Path) -> d
     found["temperature scaling"] = Rung(lambda images: with_entropy(scaled(images)), time.perf_counter() - started)
     options = posterior_options(config)
     layers = [name for name, layer in model.named_modules() if name and [*layer.parameters(recurse=False)]]
-    third, (*_, last) = layers[-max(1, len(layers) // 3) :], layers
+    third = layers[-max(1, len(layers) // 3) :]
     parts: dict[str, dict[str, Any]] = {
-        f"last layer, {last}": {"parameters": [f"{last}.*"]},
+        f"last layer, {layers[-1]}": {"parameters": [f"{layers[-1]}.*"]},
         "last third of the layers": {"parameters": [f"{name}.*" for name in third]},
         "exact, 2 likeliest outputs": {"top_outputs": 2},
         "exact": {},

@@ -168,14 +168,8 @@ def test_the_study_compares_rivals_and_ablations_and_writes_what_it_found(folder
 def test_the_shortcuts_of_a_fit_are_compared_on_any_image_folder(folder: Path, image_folder: Path):
     network = ["experiment=own", "data=image_folder", "model.num_classes=2", "model.depth=8"]
     sizes = ["num_landmarks=24", "num_curvature=24", "num_calibration=20", "num_test=8", "ella.num_landmarks=16"]
-    sizes += ["ella.rank=4", "num_samples=300"]
-    sizes += [
-        "ella.curvature=sampled",
-        "ella.num_curvature=16",
-        "ella.num_calibration=4",
-        "num_timed=8",
-        "num_foreign=4",
-    ]
+    sizes += ["ella.rank=4", "ella.curvature=sampled", "ella.num_curvature=16", "ella.num_calibration=4"]
+    sizes += ["num_samples=300", "num_timed=8", "num_foreign=4"]
     data = [f"data.root={image_folder}", f"data.split={image_folder.parent}/split.npz", "trainer.max_epochs=0"]
     (made,), printed = start(
         "shortcuts.py", folder, *data, *network, *sizes, "corruptions=[contrast]", "num_corrupted=2"
