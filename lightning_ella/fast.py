@@ -17,7 +17,7 @@ from .batches import Inputs, as_tree, call, constant, plain
 from .export import export
 from .head import Head, compare
 from .likelihoods import LIKELIHOODS
-from .linearize import Forward, Network, as_function, check_finite
+from .linearize import Forward, Network, as_function, as_values, check_finite
 from .posterior import Posterior
 from .settings import Settings
 from .student import Student, Translation
@@ -89,7 +89,7 @@ class FastPredictor(Head):
         Raises:
             ValueError: if the model's weights are not the ones that the posterior was fitted with.
         """
-        with self._lock, as_function():
+        with self._lock, as_values():
             own = tree_map(constant, plain(as_tree(inputs), self.device))
             outputs, pooled = self._here(own)(own)
             return self.predict(check_finite(outputs), pooled)

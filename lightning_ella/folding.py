@@ -97,17 +97,13 @@ class Folding:
     def fused(self, network: Network) -> Iterator[None]:
         """For outputs alone: let each convolution do the work of its BatchNorm, with weights and a bias of its own.
 
-        Evaluations must be within `network.watch()`, and raise a `StaleError` as those of `applied` do.
+        Evaluations raise a `StaleError` where a convolution's output has another use than was found.
         """
         with ExitStack() as stack:
             for pair in self.pairs:
                 way = _Fused(pair)
-                self._ways.append(way)
                 stack.enter_context(network.view.patched(pair.conv, forward=partial(way.convolve, pair.conv)))
-                stack.enter_context(network.view.patched(pair.norm, forward=partial(way.shift, pair.norm)))
-            stack.callback(self._ways.clear)
-            network.watch = partial(_Once, self._ways)
-            stack.callback(setattr, network, "watch", nullcontext)
+                stack.enter_context(network.view.patched(pair.norm, forward=way.shift))
             yield
 
     def check(self) -> None:
@@ -152,32 +148,40 @@ class _Way:
                 self.once.used_up[id(tensor)] = weakref.ref(tensor)
 
 
-class _Fused(_Way):
-    """From a convolution that does the work of its BatchNorm as well."""
+class _Fused:
+    """From a convolution that does the work of its BatchNorm to where that would have been."""
 
     def __init__(self, pair: Pair):
-        super().__init__()
         assert pair.norm.weight is not None
         scale = pair.norm.weight.detach() / _deviation(pair.norm)
         self.weight = pair.conv.weight.detach() * _along(scale, pair.conv.weight)
         before = 0 if pair.conv.bias is None else pair.conv.bias.detach()
         self.bias = (before - _mean(pair.norm)) * scale + pair.norm.bias.detach()
+        self.output: tuple[Tensor, Tensor] | None = None  # the last one, and as it is shown
 
     def convolve(self, conv: nn.Conv2d, input: Tensor) -> Tensor:
-        """With the BatchNorm in its weights, once for each BatchNorm."""
-        if self.output is not None:
-            raise StaleError
-        self.output = conv._conv_forward(input, self.weight, self.bias)
-        self._watch(self.output)
-        return self.output
+        """With the BatchNorm in its weights; nobody but that can read the output."""
+        output = conv._conv_forward(input, self.weight, self.bias)
+        self.output = output, output.as_subclass(_Sealed)
+        return self.output[1]
 
-    def shift(self, norm: nn.BatchNorm2d | nn.SyncBatchNorm, input: Tensor) -> Tensor:
-        """Nothing is left to do: the same numbers under another name, as who asks for the convolution's is wrong."""
-        if input is not self.output or self.once is None:
+    def shift(self, input: Tensor) -> Tensor:
+        """Nothing is left to do."""
+        output, self.output = self.output, None
+        if output is None or input is not output[1]:
             raise StaleError
-        self.output = None
-        self._watch(input)
-        return input.view_as(input)
+        return output[0]
+
+
+class _Sealed(Tensor):
+    """What a convolution gives that has done more than it should: it has a shape, but no numbers that may be used."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Call `function` if it only asks what kind of tensor this is."""
+        if function in PLAIN:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise StaleError
 
 
 class _Once(TorchFunctionMode):
@@ -200,7 +204,8 @@ class _Once(TorchFunctionMode):
         return result
 
 
-PLAIN = {Tensor.size, Tensor.dim, Tensor.shape.__get__, Tensor.stride}  # type: ignore[attr-defined]
+KIND = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
+PLAIN = {Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, *(getattr(Tensor, name).__get__ for name in KIND)}
 
 
 UNFOLDED = Folding({})

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import threading
 from collections.abc import Collection, Mapping
+from operator import is_
 from typing import Any, ClassVar, Self
 
 import torch
@@ -116,9 +117,8 @@ class Versions:
 
     def __init__(self, model: nn.Module, without: Collection[str]):
         plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-        held = [table for module in plain for table in (module._parameters, module._buffers, module._modules)]
-        self._places = [(table, name, value) for table in held for name, value in table.items()]
-        self._lengths = [(table, len(table)) for table in held]
+        tables = [table for module in plain for table in (module._parameters, module._buffers, module._modules)]
+        self._tables = [(table, [*table.values()]) for table in tables]
         named = [*model.named_parameters(), *model.named_buffers()]
         self._tensors = [value for name, value in named if name not in without]
         self._numbers = self._now()
@@ -126,8 +126,7 @@ class Versions:
     def hold(self) -> bool:
         """Whether the network has the same modules, parameters and buffers, and none was written to."""
         return (
-            all(table.get(name, self) is value for table, name, value in self._places)
-            and all(len(table) == length for table, length in self._lengths)
+            all(len(table) == len(held) and all(map(is_, table.values(), held)) for table, held in self._tables)
             and self._now() == self._numbers
         )
 

@@ -55,12 +55,11 @@ def chosen_names(model: nn.Module, parameters: Parameters) -> list[str] | None:
 
 
 @contextmanager
-def as_function() -> Iterator[None]:
-    """Evaluate networks as plain functions of parameters and inputs, in this thread.
+def as_values() -> Iterator[None]:
+    """Evaluate networks for their outputs alone, in this thread.
 
     No graph is recorded, inference mode is off (forward-mode products are silently zero there in some releases of
-    torch), and so is autocast; what was compiled runs eagerly, attention by a kernel that can be differentiated, and
-    cuDNN chooses none by the clock.
+    torch), and so is autocast; what was compiled runs eagerly.
     """
     accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as stack:
@@ -70,6 +69,17 @@ def as_function() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(eager())
+        yield
+
+
+@contextmanager
+def as_function() -> Iterator[None]:
+    """Evaluate networks as plain functions of parameters and inputs, in this thread: `as_values` that can be derived.
+
+    Attention is by a kernel that can be differentiated, and cuDNN chooses none by the clock.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(as_values())
         stack.enter_context(plain_attention())
         if torch.cuda.is_initialized():
             stack.enter_context(repeatable())

@@ -68,6 +68,8 @@ class View:
         own = {id(held[name]) for held in self._attributes.values() for name in OWN & held.keys()}
         states = [(value, made) for value, made in self.copied.states if id(made) not in own]
         self._states = [(value, made, contents_of(made)) for value, made in states]
+        self._tables += [(made, held) for _, made, held in self._states if type(made) is dict]
+        self._others = [(made, held) for _, made, held in self._states if type(made) is not dict]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -106,10 +108,10 @@ class View:
     def restore(self) -> None:
         """Forget what a forward pass left on the modules: caches, states, counts, values of a transformation."""
         for table, held in self._tables:
-            if len(table) != len(held) or not all(map(operator.is_, table.values(), held.values())):
+            if len(table) != len(held) or (held and not all(map(operator.is_, table.values(), held.values()))):
                 table.clear()
                 table.update(held)
-        for _, made, contents in self._states:
+        for made, contents in self._others:
             refill(made, contents)
         for value, before in self._counters:
             value.data.copy_(before)

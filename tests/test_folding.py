@@ -11,7 +11,7 @@ from torch.func import functional_call, jacrev
 from lightning_ella.activations import Recorder, find_places
 from lightning_ella.engine import Linearization
 from lightning_ella.folding import find_folding
-from lightning_ella.linearize import Network, as_function
+from lightning_ella.linearize import Network, as_function, as_values
 
 
 class Net(nn.Module):
@@ -206,14 +206,16 @@ def recorder(net: nn.Module, images: Tensor, layers: str | None = None) -> Recor
 @pytest.mark.parametrize("layers", [None, "conv1"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_and_activations_are_the_same_whether_or_not_it_folds(name: str, layers: str | None, images: Tensor):
-    make, _ = NETWORKS[name]
+    make, expected = NETWORKS[name]
     net = make().double().eval().requires_grad_(True)
-    with as_function():
+    with as_values():
         plain, folded = recorder(net, images, layers), recorder(net, images, layers).fold(images)
         for some in (images, images[:1], images.flip(0)):
             torch.testing.assert_close(folded(some), plain(some))
     torch.testing.assert_close(folded(images)[0], net(images))
     assert ("forward" in vars(net.bn1)) == (name == "patched")
+    if layers is None and not name.startswith("frozen"):  # which is folded, too: there are no tangents
+        assert folded.num_folded == expected
 
 
 def or_its_convolution_again(net: Net, x: Tensor) -> Tensor:
@@ -228,11 +230,53 @@ def or_without_its_norm(net: Net, x: Tensor) -> Tensor:
     return net.head((net.bn1(y) if len(x) > 1 else y).tanh().mean((2, 3)))
 
 
-@pytest.mark.parametrize("forward", [or_its_convolution_again, or_without_its_norm])
+def or_its_norm_twice(net: Net, x: Tensor) -> Tensor:
+    y = net.conv1(x)
+    z = net.bn1(y)
+    return net.head((z if len(x) > 1 else net.bn1(z)).tanh().mean((2, 3)))
+
+
+def or_by_a_number_of_it(net: Net, x: Tensor) -> Tensor:
+    y = net.conv1(x)
+    z = net.bn1(y)
+    return net.head((z if len(x) > 1 or y[0, 0, 0, 0].item() > 9 else z + 1).tanh().mean((2, 3)))
+
+
+def or_after_it_was_written_to(net: Net, x: Tensor) -> Tensor:
+    y = net.conv1(x)
+    if len(x) == 1:
+        y += 1
+    return net.head(net.bn1(y).tanh().mean((2, 3)))
+
+
+WAYS = [or_its_convolution_again, or_without_its_norm, or_its_norm_twice, or_by_a_number_of_it]
+WAYS.append(or_after_it_was_written_to)
+
+
+@pytest.mark.parametrize("forward", WAYS)
 def test_inputs_that_go_another_way_are_not_folded(forward: Callable[[Net, Tensor], Tensor], images: Tensor):
     net = Net(forward).double().eval()
-    with as_function():
+    with as_values():
         folded = recorder(net, images).fold(images)
-        assert len(folded._folding.pairs) == 1
-        for some in (images, images[:1], images):
+        assert folded.num_folded == 1
+        torch.testing.assert_close(folded(images)[0], net(images))
+        assert folded.num_folded == 1
+        for some in (images[:1], images):
             torch.testing.assert_close(folded(some)[0], net(some))
+        assert folded.num_folded == 0
+
+
+def test_an_error_on_the_way_leaves_it_folded(images: Tensor):
+    def fails_for_one(net: Net, x: Tensor) -> Tensor:
+        y = net.conv1(x)
+        if len(x) == 1:
+            raise RuntimeError("one is not enough")
+        return net.head(net.bn1(y).tanh().mean((2, 3)))
+
+    net = Net(fails_for_one).double().eval()
+    with as_values():
+        folded = recorder(net, images).fold(images)
+        with pytest.raises(RuntimeError, match="not enough"):
+            folded(images[:1])
+        torch.testing.assert_close(folded(images)[0], net(images))
+        assert folded.num_folded == 1
