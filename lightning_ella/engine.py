@@ -25,7 +25,7 @@ from .forward_mode import ForwardMode, Reduce
 from .layerwise import MAX_COTANGENTS, Cotangents, Footprint, Layerwise
 from .linearize import Basis, Forward, Network, channel_axis, check_finite, version
 from .memory import free_memory, give_back, keeping_pages
-from .numerics import BROKEN, WITHOUT_FLOAT64
+from .numerics import BROKEN, WITHOUT_FLOAT64, centred
 from .top import Selection
 
 log = logging.getLogger(__name__)
@@ -155,10 +155,12 @@ class Linearization:
     ) -> tuple[Tensor, Tensor, Selection | None]:
         """Outputs (B, *, C), features (B, *, C, K), and with `top` which k outputs they are of: C is then k + 1.
 
-        At `temperature` the last of them stands for all others.
+        At `temperature` the last of them stands for all others, and features are those of the outputs minus their mean:
+        no probability depends on more.
 
-        Where outputs have one position and k is small, k + 1 cotangents are pulled back. Else the features of all
-        outputs are held for one sample at a time, and for so many of the K directions as the memory budget allows.
+        Where outputs have one position and k is small, k cotangents are pulled back: differences to the last output.
+        Else the features of all outputs are held for one sample at a time, and for so many of the K directions as the
+        memory budget allows.
         Log-probabilities of all others are kept only of the targets (B, *), if they are given.
         """
         if top is None:
@@ -166,11 +168,12 @@ class Linearization:
             return logits, features, None
         if self._pulls_back(inputs, top, len(next(iter(basis.values())))):
             outputs, products = self._pulled_back(
-                inputs, lambda f, _: Selection.of(f, top, temperature).rows(), top + 1, basis
+                inputs, lambda f, _: Selection.of(f, top, temperature).differences(), top, basis
             )
             selection = Selection.of(outputs, top, temperature)
             within = selection.indices if targets is None else selection.log_prob_within(targets)
-            return selection.logits(outputs), products.to(outputs.dtype), Selection(selection.indices, within)
+            products = centred(nn.functional.pad(products, (0, 0, 0, 1)).to(outputs.dtype))  # the last one's are none
+            return selection.logits(outputs), products, Selection(selection.indices, within)
         found = []
         with keeping_pages(self.device):
             for i in range(num_samples(inputs)):
@@ -180,7 +183,8 @@ class Linearization:
                 reduce = lambda _, products, selection=selection: selection.products(self.at_positions(products))  # noqa: E731
                 _, products = self._differentiated(sample, basis, reduce)
                 within = selection.indices if targets is None else selection.log_prob_within(targets[i : i + 1])
-                found.append((selection.logits(outputs), products.to(outputs.dtype), selection.indices, within))
+                products = centred(products.to(outputs.dtype))
+                found.append((selection.logits(outputs), products, selection.indices, within))
         logits, features, indices, within = (torch.cat(part) for part in zip(*found, strict=True))
         return logits, features, Selection(indices, within)
 
@@ -377,11 +381,11 @@ class Linearization:
         return passes + self.layerwise.bytes_held(inputs) / max(1, self.sizes(inputs).held)
 
     def _pulls_back(self, inputs: Inputs, top: int, rank: int) -> bool:
-        """Whether the k + 1 cotangents of the likeliest outputs cost less than all else; not of several positions."""
+        """Whether the k cotangents of the likeliest outputs cost less than all else; not of several positions."""
         if isinstance(inputs, Picked) or self.choice == "forward":
             return False
         fewer = top + 1 < self.sizes(inputs).num_outputs
-        return fewer and (top + 1) * self._cotangent_costs(inputs) <= rank and len(self.network.output_shape or ()) <= 1
+        return fewer and top * self._cotangent_costs(inputs) <= rank and len(self.network.output_shape or ()) <= 1
 
     def _trouble(self, forward: ForwardMode, inputs: Inputs, basis: Basis) -> str | None:
         """Why forward mode cannot be used: a layer without a rule, or one whose rule is wrong under vmap."""

@@ -86,6 +86,11 @@ exact = Shared(_ieee)  # TF32 has three digits: too few to compare gradients by,
 native_recurrence = Shared(lambda: _set(enabled=False))  # cuDNN's has no backward pass in eval mode
 
 
+def centred(features: Tensor) -> Tensor:
+    """Features (*, C, K) of the outputs minus their mean."""
+    return features - features.mean(-2, keepdim=True)
+
+
 def standard_normal(num_samples: int, rank: int, seed: int) -> Tensor:
     """(S, K) draws, the same on every device."""
     return torch.randn(num_samples, rank, generator=torch.Generator().manual_seed(seed))

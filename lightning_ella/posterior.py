@@ -12,6 +12,7 @@ from .batches import slices
 from .chunks import chunks
 from .distributed import World
 from .likelihoods import Likelihood
+from .numerics import centred
 from .observations import Observations
 from .predictions import Gaussian
 
@@ -292,7 +293,8 @@ def _start(
     for part in slices(len(points.logits), chunks(curvature).tuning // max(1, points.features[:1].numel())):
         some = points.rows(part).to(curvature.device)
         units = likelihood.information(some.logits.double()).sqrt() if likelihood.has_units else one
-        squares += (units.unsqueeze(-1) * unscaled.factor(some.features.double())).square().sum((0, 1))
+        features = centred(some.features) if likelihood.invariant else some.features
+        squares += (units.unsqueeze(-1) * unscaled.factor(features.double())).square().sum((0, 1))
     rank = len(curvature)
     sums = world.sum(torch.stack([squares[:rank].sum(), squares[rank:].sum()]))
     inside, outside = (inverse(total / (count * points.features.shape[1])) for total in sums)

@@ -38,10 +38,9 @@ class Selection(NamedTuple):
         rest = self.temperature * tempered.logsumexp(-1, keepdim=True)
         return torch.cat([logits.gather(-1, self.indices), rest], -1)
 
-    def rows(self) -> Tensor:
-        """What the C outputs are multiplied with for the derivatives of the k + 1, (B, k + 1, C)."""
-        kept = one_hot(self.indices, self.others.shape[-1]).to(self.others)
-        return torch.cat([kept, self.others.exp().unsqueeze(-2)], -2)
+    def differences(self) -> Tensor:
+        """What the C outputs are multiplied with for the derivatives of k minus that of the last, (B, k, C)."""
+        return one_hot(self.indices, self.others.shape[-1]).to(self.others) - self.others.exp().unsqueeze(-2)
 
     def products(self, products: Tensor) -> Tensor:
         """Products with the Jacobian, (B, *, C, t) to (B, *, k + 1, t)."""
