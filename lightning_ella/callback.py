@@ -10,6 +10,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import trainers
+from .augmentation import listed, portable_views
 from .data import Unpack, inputs_and_targets, points_of
 from .distil import MOST_TUNED, NUM_POINTS
 from .distributed import World
@@ -148,8 +150,8 @@ class ELLACallback(Callback):
         if isinstance(getattr(pl_module, "ella", None), ELLAPredictor | Refusal):
             pl_module._modules.pop("ella", None)  # the user's `module.ella = ELLAPredictor.load(…)` registers it
             object.__setattr__(pl_module, "ella", None)
-        for name in ARGUMENTS:
-            if isinstance(missing := getattr(self, name), LeftOut):
+        for missing in (*(getattr(self, name) for name in ARGUMENTS), *listed(self.settings.views)):
+            if isinstance(missing, LeftOut):
                 missing()
         others = [other for other in trainer.callbacks if isinstance(other, ELLACallback) and other is not self]  # type: ignore[attr-defined]
         if any(str(other.path) == str(self.path) for other in others):
@@ -232,6 +234,7 @@ class ELLACallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle keeps: neither the posterior, which has a file, nor functions that cannot be pickled."""
         kept = {name: portable(name, getattr(self, name)) for name in ARGUMENTS}
+        kept["settings"] = replace(self.settings, views=portable_views(listed(self.settings.views)))
         return self._own() | kept | {"_outcome": self._left_behind(), "_shared": Shared()}
 
     def __copy__(self) -> Self:
@@ -368,9 +371,10 @@ class ELLACallback(Callback):
             self._end(pl_module, failed, Refusal(RuntimeError, record.failure))
         else:
             network, _ = self._network(trainer, pl_module, record.checkpoint)
-            predictor = ELLAPredictor.load(record.path, network, self.forward)
+            hooks = {"forward": self.forward, "views": self.settings.views}
+            predictor = ELLAPredictor.load(record.path, network, **hooks)
             if self.distil and _fast_path(record.path).exists():
-                predictor.adopt(FastPredictor.load(_fast_path(record.path), network, self.forward))
+                predictor.adopt(FastPredictor.load(_fast_path(record.path), network, **hooks))
             self._attach(pl_module, network, predictor, record.path)
 
     def _stages(self, trainer: Trainer, path: Path) -> Stages:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .activations import Layers, Recorder, find_places
+from .augmentation import seen
 from .batches import Batch, Inputs, Picked, num_samples, rows, slices
 from .chunks import chunks
 from .data import Points, draw, merged, seeded
@@ -20,7 +21,7 @@ from .numerics import spread_normal
 from .observations import checked, weights_of
 from .perturb import Perturb, perturbed
 from .posterior import minimise
-from .predictions import Spread
+from .predictions import Gaussian, Spread, mixed
 from .progress import Progress, bar, silent
 from .student import Lesson, Student, Translation, lesson
 
@@ -205,23 +206,25 @@ def _untaught(predictor: "ELLAPredictor", recorder: Recorder, lessons: Lesson) -
 def _tune(fast: FastPredictor, recorder: Recorder, points: Points, numbers: Sequence[int]) -> None:
     """Choose the scales anew, on points that the student has not seen, with a prior around the exact predictor's."""
     likelihood, translation, parts = fast.likelihood, fast.translation, []
-    numbers = numbers[: max(1, TUNING // (DRAWS * fast.student.num_outputs))]
+    numbers = numbers[: max(1, TUNING // (DRAWS * len(fast.all_views) * fast.student.num_outputs))]
     for batch in points.batches(points.arranged(numbers), fast.device):
-        outputs, pooled = recorder(batch.inputs)
-        gaussian = fast.translation(check_finite(outputs), fast.student(pooled, outputs))
-        parts.append((gaussian.mean, gaussian.factor, gaussian.own, *_answers(likelihood, batch, outputs)))
+        looks = [recorder(seen(batch.inputs, view)) for view in fast.all_views]
+        said = [fast.translation(check_finite(outputs), fast.student(pooled, outputs)) for outputs, pooled in looks]
+        gaussians = (torch.stack(part, 1) for part in zip(*((g.mean, g.factor, g.own) for g in said), strict=True))
+        parts.append((*gaussians, *_answers(likelihood, batch, looks[0][0])))
     mean, factor, own, targets, weights = (torch.cat(part) for part in zip(*parts, strict=True))
-    mean, factor, own, weights = (part.double() for part in (mean, factor, own, weights))
+    mean, factor, own, weights = (part.double() for part in (mean, factor, own, weights))  # (n, V, C, …)
     count, draws = weights.sum().clamp_min(1), fast.translation.draws[:DRAWS].double()
     names = ["variance"] + ["temperature"] * likelihood.has_temperature
     precision = torch.tensor([WIDTHS[name] ** -2 for name in names]).to(mean) / count
-    pieces = slices(len(mean), chunks(mean).tuning // (mean.shape[1] * len(draws)))
+    pieces = slices(len(mean), chunks(mean).tuning // (mean[0].numel() * len(draws)))
 
     def loss(steps: Tensor, part: slice) -> Tensor:
         deviation = (steps[0] / 2).exp()
-        gaussian = Spread(mean[part], factor[part] * deviation, draws, own=own[part] * deviation)
+        looks = zip(*(values[part].unbind(1) for values in (mean, factor, own)), strict=True)
+        parts: list[Gaussian] = [Spread(m, f * deviation, draws, own=o * deviation) for m, f, o in looks]
         temperature = translation.temperature.to(mean) * steps[1:].sum().exp()
-        prediction = likelihood.predict(gaussian, fast.settings["predictive"], temperature)
+        prediction = likelihood.predict(mixed(parts), fast.settings["predictive"], temperature)
         return (weights[part] * likelihood.nll(prediction, targets[part])).sum() / count
 
     def loss_and_gradient(steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +253,7 @@ def _figures(fast: FastPredictor, lectures: Sequence[Lecture]) -> dict[str, floa
             figures[f"novelty_correlation{what}"] = _correlation(said.novelty, exact.novelty)
     exact = _joined([lecture.plain for lecture in lectures])
     nll, targets, weights = (torch.cat([getattr(x, name) for x in lectures]) for name in ("nll", "targets", "weights"))
-    prediction = fast.predict(exact.outputs.to(fast.device), exact.pooled.to(fast.device))
+    prediction = fast.predict([(exact.outputs.to(fast.device), exact.pooled.to(fast.device))])
     ours = fast.likelihood.nll(prediction, targets.to(fast.device)).to(nll)
     total, change = weights.sum().clamp_min(1), weights * (ours - nll)
     figures |= {"nll_exact": float((weights * nll).sum() / total), "nll": float((weights * ours).sum() / total)}

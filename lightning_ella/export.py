@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .activations import Recorder
+from .augmentation import seen
 from .batches import Inputs, num_samples, rows
 from .linearize import twice
-from .predictions import ClassPrediction, LabelPrediction, NormalPrediction, Spread
+from .predictions import ClassPrediction, LabelPrediction, Mixture, NormalPrediction, Spread, mixed
 
 if TYPE_CHECKING:
     from .fast import FastPredictor
@@ -75,12 +76,17 @@ class Served(nn.Module):
         """What a prediction says of a batch, by name."""
         [recorder], [fast] = self._recorder, self._fast
         network = recorder.network
-        outputs = network._forward(network.model, inputs)
-        outputs = getattr(outputs, "logits", getattr(outputs, "prediction", outputs))
-        outputs = outputs.reshape(-1, fast.student.num_outputs)  # which some squeeze
-        prediction = fast.predict(outputs, recorder.pooled(inputs, outputs))
+        looks = []
+        for view in fast.all_views:
+            own = seen(inputs, view)
+            outputs = network._forward(network.model, own)
+            outputs = getattr(outputs, "logits", getattr(outputs, "prediction", outputs))
+            outputs = outputs.reshape(-1, fast.student.num_outputs)  # which some squeeze
+            looks.append((outputs, recorder.pooled(own, outputs)))
+        prediction = fast.predict(looks)
         logits = prediction.logits
-        prediction.logits = Whole(**{part.name: getattr(logits, part.name) for part in fields(logits)})
+        parts = logits.parts if isinstance(logits, Mixture) else [logits]
+        prediction.logits = mixed([Whole(**{f.name: getattr(part, f.name) for f in fields(part)}) for part in parts])
         said = {name: getattr(prediction, name) for name in _names(prediction)}
         if isinstance(prediction, NormalPrediction):
             away = NormalDist().inv_cdf((1 + LEVEL) / 2) * said["variance"].sqrt()

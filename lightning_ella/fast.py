@@ -13,12 +13,14 @@ from torch.utils._pytree import tree_map
 
 from . import artefact
 from .activations import Place, Recorder, pooled_width
+from .augmentation import OneView, Views, names_of, restored, seen
 from .batches import Inputs, as_tree, call, constant, plain
 from .export import export
 from .head import Head, compare
 from .likelihoods import LIKELIHOODS
 from .linearize import Forward, Network, as_function, as_values, check_finite
 from .posterior import Posterior
+from .predictions import Gaussian, mixed
 from .settings import Settings
 from .student import Student, Translation
 
@@ -73,7 +75,7 @@ class FastPredictor(Head):
         object.__setattr__(self, "student", student.eval().requires_grad_(False))
         object.__setattr__(self, "translation", translation)
         self.places, self.output_shape, self.teacher = list(places), tuple(output_shape), teacher
-        self.settings, self.figures = dict(settings), dict(figures or {})
+        self.settings, self.figures = {"views": (), **settings}, dict(figures or {})
         self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
         self._recorder: Recorder | None = None
 
@@ -91,17 +93,27 @@ class FastPredictor(Head):
         """
         with self._lock, as_values():
             own = tree_map(constant, plain(as_tree(inputs), self.device))
-            outputs, pooled = self._here(own)(own)
-            return self.predict(check_finite(outputs), pooled)
+            recorder = self._here(own)
+            looks = [recorder(seen(own, view)) for view in self.all_views]
+            for outputs, _ in looks:
+                check_finite(outputs)
+            return self.predict(looks)
 
-    def predict(self, outputs: Tensor, pooled: Tensor) -> Any:
-        """The prediction for outputs (B, C) and pooled activations (B, A) of the network."""
-        said = self.student(pooled, outputs)
-        gaussian, temperature = self.translation(outputs, said), self.translation.temperature.to(outputs)
-        prediction = self.likelihood.predict(gaussian, self.settings["predictive"], temperature)
+    @property
+    def all_views(self) -> tuple[OneView | None, ...]:
+        """Of each input: None, which is as it is, and the others."""
+        return None, *self.settings["views"]
+
+    def predict(self, looks: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        """The prediction for outputs (B, C) and pooled activations (B, A) of the network, at each view of B inputs."""
+        answers = [self.student(pooled, outputs) for outputs, pooled in looks]
+        parts: list[Gaussian] = [self.translation(*pair) for pair in zip((f for f, _ in looks), answers, strict=True)]
+        temperature = self.translation.temperature.to(looks[0][0])
+        prediction = self.likelihood.predict(mixed(parts), self.settings["predictive"], temperature)
         prediction.axis = -1 if self.output_shape else None
         if self.student.has_outside:
-            prediction.novelty = said.novelty.squeeze(1).sigmoid().to(outputs)
+            foreign = torch.stack([said.novelty.squeeze(1).sigmoid() for said in answers]).mean(0)
+            prediction.novelty = foreign.to(temperature)
         return prediction
 
     def follow(self, posterior: Posterior) -> Self:
@@ -117,6 +129,7 @@ class FastPredictor(Head):
             OSError: if it cannot be written.
         """
         described = {name: getattr(self, name) for name in _DESCRIBED} | {"counted": sorted(self.counted)}
+        described["settings"] = self.settings | {"views": names_of(self.settings["views"])}
         metadata = {name: json.dumps(value) for name, value in described.items()}
         return artefact.write(path, self.tensors(), metadata | {"format": FORMAT})
 
@@ -133,13 +146,16 @@ class FastPredictor(Head):
         return self
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module, forward: Forward = call) -> Self:
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module, forward: Forward = call, views: Views | None = None
+    ) -> Self:
         """Read a fast predictor and attach it to `model`, which must have the weights that it was taught with.
 
         Args:
             path: what `save` wrote.
             model: the network.
             forward: how to call it, if the fit was told (a function is not stored).
+            views: those of the fit, if there are functions among them; names are in the file.
 
         Raises:
             FileNotFoundError: if there is no file.
@@ -154,14 +170,16 @@ class FastPredictor(Head):
                 theirs = {name: str(known["fingerprint"][name]) for name in ("network", "weights")}
                 known["counted"] = [str(name) for name in known["counted"]]
                 known["places"] = [_place(*place) for place in known["places"]]
+                names = [str(name) for name in known["settings"].pop("views", ())]
                 known["settings"] = asdict(Settings(**known["settings"]))
                 known["figures"] = {str(name): float(value) for name, value in known["figures"].items()}
                 sizes = _sizes(shapes, known["places"])
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a fast predictor ({error}): write it again.") from error
             compare(theirs, model, known["counted"], f"the student in {path}", str(known["origin"]))
-            names = {name for name, _ in model.named_modules()}
-            if missing := [place.module for place in known["places"] if place.module not in names]:
+            known["settings"]["views"] = restored(names, views)
+            modules = {name for name, _ in model.named_modules()}
+            if missing := [place.module for place in known["places"] if place.module not in modules]:
                 raise ValueError(
                     f"the student in {path} looks at {missing[0]!r}, which the network has not: teach again."
                 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from .augmentation import OneView, listed, names_of
 from .basis import nystrom_basis, sketch_numbers
 from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, num_samples, rows, slices
 from .chunks import chunks
@@ -145,7 +146,7 @@ def run(
             by_evidence = held_out is None and settings.prior_variance is None
             # Noise that is estimated comes from the points held out, and the curvature depends on it.
             seen = (train,) if likelihood.is_complete or held_out is None else (train, held_out)
-            later = {"residual", "predictive", "num_samples", "learn", *SCALES}
+            later = {"residual", "predictive", "num_samples", "learn", "views", *SCALES}
             later |= {"num_calibration"} if likelihood.is_complete else set()
             before = {name: value for name, value in asdict(settings).items() if name not in later}
             stages.open(_identity(weights, linearization, seen, by_evidence, before) if stages.path else "")
@@ -237,7 +238,8 @@ def run(
                 seeds = world.share(torch.randint(2**62, (count,), generator=generator).tolist())
                 points = visit(held_out, numbers, "calibration")
                 most, top = max(1, ROWS // max(1, count)), settings.top_outputs
-                unseen = _cached(linearization, points, basis, example, likelihood, most, seeds, top, others)
+                how_seen = {"top": top, "most": most, "temperature": others, "views": listed(settings.views)}
+                unseen = _cached(linearization, points, basis, example, likelihood, seeds, **how_seen)
             near = others if (settings.top_outputs or MOST) < example.shape[-1] - 1 else None  # where some are lost
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, near, world)
         likelihood, temperature = likelihood.settled(posterior.temperature)
@@ -387,7 +389,7 @@ def _price(
     return {
         "landmarks": landmarks * gradient * (1 if held else 2),
         "curvature": summed * (feature if settings.curvature == "exact" else gradient),
-        "calibration": looks * output + tuned * feature,
+        "calibration": looks * output + tuned * feature * (1 + len(listed(settings.views))),
     }, feature
 
 
@@ -531,30 +533,32 @@ def _cached(
     basis: Basis,
     example: Tensor,
     likelihood: Likelihood,
-    most: int,
     seeds: Sequence[int],
+    *,
+    most: int,
     top: int | None,
-    others: float,
+    **how: Any,
 ) -> Observations:
     """Run the network over the points, for `most` rows of each; `example` are outputs, for a process without points.
 
-    What takes more than a quarter of the memory budget is kept on the CPU.
+    What takes more than a quarter of the memory budget is kept on the CPU. `how` is as for `observations`.
     """
-    rank, done = len(next(iter(basis.values()))), 0
+    rank, done, views = len(next(iter(basis.values()))), 0, len(how["views"])
     outputs = min(most, example[0, ..., 0].numel()) * (example.shape[-1] if top is None else top + 1)
-    fits = 4 * len(seeds) * outputs * rank * example.element_size() <= linearization.memory_budget
+    fits = 4 * len(seeds) * (1 + views) * outputs * rank * example.element_size() <= linearization.memory_budget
     place = linearization.device if fits else torch.device("cpu")
     parts = []
     for batch in batches:
         drawn = seeds[done : (done := done + num_samples(batch[0]))]
-        options = {"top": top, "most": most, "seeds": drawn, "temperature": others}
-        seen = observations(linearization, likelihood, Batch(*batch), basis, **options)
+        seen = observations(linearization, likelihood, Batch(*batch), basis, top=top, most=most, seeds=drawn, **how)
         parts += (part.to(place) for part in seen)
     if not parts:  # more processes than points
         none = example.flatten(0, -2)[:0]
         none = none if top is None else none[:, : top + 1]
         targets = likelihood.sample(none, torch.Generator())
-        return Observations(none, none.unsqueeze(2).expand(-1, -1, rank), targets, none.new_empty(0), torch.arange(0))
+        one = none, none.unsqueeze(2).expand(-1, -1, rank)
+        others = (part.unsqueeze(1).expand(-1, views, *part.shape[1:]) for part in one) if views else (None, None)
+        return Observations(*one, targets, none.new_empty(0), torch.arange(0), *others)
     return joined(parts)
 
 
@@ -578,7 +582,8 @@ def _calibrated(
         unseen, hessian, likelihood, predictive=settings.predictive, draws=draws, given=given, near=near, world=world
     )
     figures = _compared(unseen, posterior, likelihood, settings.predictive, draws, world)
-    _say(posterior, figures, count, free_scales(given, unseen.features, hessian, likelihood), likelihood)
+    chosen = free_scales(given, unseen.features, hessian, likelihood)
+    _say(posterior, figures, count, chosen, likelihood, listed(settings.views))
     return posterior, figures
 
 
@@ -636,7 +641,12 @@ def _noise(likelihood: Likelihood) -> dict[str, float]:
 
 
 def _say(
-    posterior: Posterior, figures: dict[str, float], count: int, chosen: list[str], likelihood: Likelihood
+    posterior: Posterior,
+    figures: dict[str, float],
+    count: int,
+    chosen: list[str],
+    likelihood: Likelihood,
+    views: Sequence[OneView],
 ) -> None:
     """Log what was chosen, and warn of points that cannot tell."""
     names = {"ece": "ECE", "crps": "CRPS"}
@@ -659,6 +669,14 @@ def _say(
             "never trained on.",
             accuracy,
         )
+    if views and (before := figures.get("map/accuracy")) is not None and count:
+        error = (before * (1 - before) / count) ** 0.5
+        if figures["ella/accuracy"] < before - error / 2:
+            log.warning(
+                "ELLA: with views= %s the accuracy on unseen points falls from %.1f to %.1f %%: they change what an "
+                "input is. Pass those that the training's augmentations make, or none.",
+                *(", ".join(names_of(views)), 100 * before, 100 * figures["ella/accuracy"]),
+            )
     if count < FEW and chosen:
         log.warning("ELLA: %d calibration points are few, so the scales are rough: hold out %d or more.", *(count, FEW))
 
@@ -684,11 +702,11 @@ def _summaries(
     temperature = posterior.temperature.to(draws)
     one, first = torch.ones_like(temperature), likelihood.predictives[0]  # of one without variance, all are the same
     found: dict[str, list[Tensor]] = {"map": [], "ella": []}
-    size = chunks(draws.device).outputs // max(1, unseen.features[:1].numel())
+    size = chunks(draws.device).outputs // max(1, unseen.num_views * unseen.features[:1].numel())
     for part in slices(len(unseen.targets), size) or [slice(0)]:
         some = unseen.rows(part).to(draws.device)
         certain = Gaussian(some.logits, torch.zeros_like(some.features[..., :1]), torch.zeros_like(draws[:1, :1]))
-        learnt = Gaussian(some.logits, posterior.factor(some.features), draws)
+        learnt = some.outputs(lambda mean, features: Gaussian(mean, posterior.factor(features), draws))
         found["map"].append(likelihood.summary(likelihood.predict(certain, first, one), some.targets))
         found["ella"].append(likelihood.summary(likelihood.predict(learnt, predictive, temperature), some.targets))
     return {name: torch.cat(parts) for name, parts in found.items()}

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from .augmentation import portable_views
 from .linearize import Forward, version
 from .pickling import portable
 
@@ -27,6 +28,7 @@ class Head(nn.Module):
     is_head_of_a_network = True  # a view of the network leaves it out
     made_again: ClassVar[tuple[str, ...]] = ("_verified", "_lock")  # what neither a pickle nor a copy keeps
     model: nn.Module
+    settings: dict[str, Any]
 
     def __init__(self, model: nn.Module, forward: Forward, origin: str, counted: Collection[str]):
         super().__init__()
@@ -38,7 +40,8 @@ class Head(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle keeps: all but what is made again, and a `forward=` that cannot be pickled."""
-        return self._own() | {"forward_function": portable("forward_function", self.forward_function)}
+        kept = {"settings": self.settings | {"views": portable_views(self.settings["views"])}}
+        return self._own() | {"forward_function": portable("forward_function", self.forward_function)} | kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the parts; a network that has this head on it may not be whole yet, so it is looked at when asked."""

@@ -229,7 +229,9 @@ class Problem:
         """Of the outputs at the temperature in z, (n, C, k)."""
         log_temperature = z[self.rank :] if self.free else self.fixed
         along = Gaussian(logits, some.features, some.features)
-        inside = self.likelihood.tempered(along, log_temperature.exp()).factor
+        tempered = self.likelihood.tempered(along, log_temperature.exp())
+        assert isinstance(tempered, Gaussian)
+        inside = tempered.factor
         if not self.free:
             return inside
         tangent = torch.ones_like(log_temperature)

@@ -7,7 +7,6 @@ one row for each sample, or for each position (token, pixel) of a sample. Target
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from math import log, pi
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ from torch.nn.functional import logsigmoid, one_hot, pad
 from torchmetrics import MetricCollection
 
 from .metrics import classification_metrics, label_metrics, regression_metrics
-from .predictions import ClassPrediction, Gaussian, LabelPrediction, NormalPrediction, Prediction, softmax
+from .predictions import ClassPrediction, LabelPrediction, NormalPrediction, Outputs, Prediction, softmax
 from .top import IGNORED, without_channel
 
 logger = logging.getLogger(__name__)
@@ -111,11 +110,11 @@ class Likelihood(ABC):
             outputs = outputs.detach().requires_grad_()
             return torch.autograd.grad(self.log_prob(outputs, targets).sum(), outputs)[0]
 
-    def tempered(self, logits: Gaussian, temperature: Tensor) -> Gaussian:
+    def tempered(self, logits: Outputs, temperature: Tensor) -> Outputs:
         """Outputs at a temperature: as they are."""
         return logits
 
-    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> Prediction:
+    def predict(self, logits: Outputs, predictive: str, temperature: Tensor) -> Prediction:
         """Integrate over the posterior of the outputs."""
         return Prediction(logits, predictive, temperature, self)
 
@@ -235,11 +234,11 @@ class Classification(Likelihood):
         """The one-hot label minus p."""
         return one_hot(targets, outputs.shape[-1]) - outputs.softmax(-1)
 
-    def tempered(self, logits: Gaussian, temperature: Tensor) -> Gaussian:
+    def tempered(self, logits: Outputs, temperature: Tensor) -> Outputs:
         """Logits divided by the temperature."""
         return logits / temperature
 
-    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> ClassPrediction:
+    def predict(self, logits: Outputs, predictive: str, temperature: Tensor) -> ClassPrediction:
         """Class probabilities by Monte Carlo ("mc"), the probit approximation or the Laplace bridge."""
         return ClassPrediction(logits, predictive, temperature, self)
 
@@ -329,7 +328,7 @@ class Ordinal(Classification):
         """By autograd."""
         return Likelihood.score(self, outputs, targets)
 
-    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> ClassPrediction:
+    def predict(self, logits: Outputs, predictive: str, temperature: Tensor) -> ClassPrediction:
         """Class probabilities by Monte Carlo."""
         return ClassPrediction(logits, predictive, temperature, self, link=self.probs)
 
@@ -379,11 +378,11 @@ class MultiLabel(Likelihood):
         """Of a Bernoulli variable."""
         return outputs.sigmoid(), self.information(outputs)
 
-    def tempered(self, logits: Gaussian, temperature: Tensor) -> Gaussian:
+    def tempered(self, logits: Outputs, temperature: Tensor) -> Outputs:
         """Logits divided by the temperature."""
         return logits / temperature
 
-    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> LabelPrediction:
+    def predict(self, logits: Outputs, predictive: str, temperature: Tensor) -> LabelPrediction:
         """Probability of each label by Monte Carlo or the probit approximation."""
         return LabelPrediction(logits, predictive, temperature, self)
 
@@ -506,7 +505,7 @@ class Regression(Likelihood):
         """Outputs and σ²."""
         return outputs, self.variance(outputs).expand(outputs.shape)
 
-    def predict(self, logits: Gaussian, predictive: str, temperature: Tensor) -> NormalPrediction:
+    def predict(self, logits: Outputs, predictive: str, temperature: Tensor) -> NormalPrediction:
         """In closed form; the temperature multiplies σ²."""
         noise = self.variance(logits.mean) * temperature
         return NormalPrediction(logits, predictive, temperature, self, noise_variance=noise)
@@ -598,10 +597,14 @@ class Heteroscedastic(Likelihood):
         mean, log_variance = outputs.chunk(2, -1)
         return mean, log_variance.exp()
 
-    def tempered(self, logits: Gaussian, temperature: Tensor) -> Gaussian:
+    def tempered(self, logits: Outputs, temperature: Tensor) -> Outputs:
         """Variances of the noise times the temperature."""
-        mean, log_variance = logits.mean.chunk(2, -1)
-        return replace(logits, mean=torch.cat([mean, log_variance + temperature.log()], -1))
+
+        def hotter(outputs: Tensor) -> Tensor:
+            mean, log_variance = outputs.chunk(2, -1)
+            return torch.cat([mean, log_variance + temperature.log()], -1)
+
+        return logits.moved(hotter)
 
 
 def _way_to_indices(targets: Tensor, outputs: Tensor) -> str:

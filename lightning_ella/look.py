@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .augmentation import listed, refuse_unusable, seen
 from .basis import sketch_numbers
 from .batches import Inputs, Picked, num_samples, rows
 from .data import Points
@@ -66,6 +67,8 @@ def look(
     found = _try(linearization, train, settings)
     if held_out is not None:
         _try(linearization, held_out, settings)
+    if settings.views:
+        _look_through(linearization, found[0], settings)
     if not train.is_repeatable():
         log.warning(
             "ELLA: the training data look different each time (augmentation?). Pass train_loader= a loader without "
@@ -90,6 +93,19 @@ def _try(linearization: Linearization, points: Points, settings: Settings) -> tu
         no_probabilities(linearization.network, inputs, *PROBABILITIES[settings.likelihood])
     next(linearization.gradients(inputs, torch.zeros(len(logits), dtype=torch.long, device=logits.device)))
     return inputs, outputs
+
+
+def _look_through(linearization: Linearization, inputs: Inputs, settings: Settings) -> None:
+    """Raise a ValueError if views cannot be used: they are random, or outputs would move with the inputs."""
+    if isinstance(inputs, Picked) or len(linearization.network.output_shape or ()) > 1:
+        raise ValueError(
+            "views= are for networks with one row of outputs an input, and this one has several, which move with what "
+            "is seen: leave views= out."
+        )
+    views = listed(settings.views)
+    refuse_unusable(inputs, views)
+    for view in views:
+        linearization.logits(seen(inputs, view))
 
 
 def same_each_time(network: Network, inputs: Inputs) -> None:

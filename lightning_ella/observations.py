@@ -1,16 +1,18 @@
 """From a batch's outputs, features and targets to rows: one for each position that counts, with its weight."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .augmentation import OneView, seen
 from .batches import rows
 from .data import Batch
 from .engine import Linearization
 from .likelihoods import Likelihood
 from .linearize import Basis
+from .predictions import Gaussian, Outputs, mixed
 from .top import without_channel
 
 SAME = 1e-3  # of its outputs and features, that those of one sample may differ by in another batch
@@ -24,6 +26,8 @@ class Observations(NamedTuple):
     targets: Tensor  # (n,) or (n, C)
     weights: Tensor | None = None  # (n,), or all one
     samples: Tensor | None = None  # (n,), which sample each is a position of; or each row is one
+    view_logits: Tensor | None = None  # (n, V, C), of other views of the same samples
+    view_features: Tensor | None = None  # (n, V, C, K)
 
     def rows(self, which: Tensor | slice) -> "Observations":
         """Some of them."""
@@ -32,6 +36,18 @@ class Observations(NamedTuple):
     def to(self, device: torch.device) -> "Observations":
         """On a device."""
         return Observations(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+
+    def outputs(self, make: Callable[[Tensor, Tensor], Gaussian]) -> Outputs:
+        """What `make` makes of outputs and features: of those of each view, if there are several."""
+        parts = [make(self.logits, self.features)]
+        if self.view_logits is not None and self.view_features is not None:
+            parts += map(make, self.view_logits.unbind(1), self.view_features.unbind(1))
+        return mixed(parts)
+
+    @property
+    def num_views(self) -> int:
+        """Of each sample, with the one as it is."""
+        return 1 if self.view_logits is None else 1 + self.view_logits.shape[1]
 
 
 def joined(parts: Sequence[Observations]) -> Observations:
@@ -82,6 +98,7 @@ def observations(
     most: int | None = None,
     seeds: Sequence[int] = (),
     temperature: float = 1.0,
+    views: Sequence[OneView] = (),
 ) -> Iterator[Observations]:
     """Run the network over a batch: its rows, of so many samples at a time as the memory budget allows.
 
@@ -94,15 +111,24 @@ def observations(
         most: rows to keep of each sample, drawn at random; None keeps all.
         seeds: of the choice, one for each sample.
         temperature: at which the outputs that `top` does not keep are put together.
+        views: through which the inputs are looked at as well.
     """
     inputs, targets, weights = batch
-    for part in linearization.affordable(inputs, len(next(iter(basis.values())))):
-        logits, features, kept = linearization.look(rows(inputs, part), basis, top, temperature=temperature)
+    for part in linearization.affordable(inputs, (1 + len(views)) * len(next(iter(basis.values())))):
+        looks = [
+            linearization.look(seen(rows(inputs, part), view), basis, top, temperature=temperature)
+            for view in (None, *views)
+        ]
+        logits, features, kept = looks[0]
         labels = targets[part]
         if kept is not None:
             labels = kept.labels(checked(likelihood, _as_whole(logits, linearization), labels, linearization.axis))
         some = None if weights is None else weights[part]
-        yield observe(likelihood, logits, features, labels, some, linearization.axis, most, seeds[part])
+        found = observe(likelihood, logits, features, labels, some, linearization.axis, most, seeds[part])
+        if views:  # of one row of outputs a sample
+            others = (torch.stack(each, 1)[found.samples] for each in list(zip(*looks[1:], strict=True))[:2])
+            found = found._replace(**dict(zip(("view_logits", "view_features"), others, strict=True)))
+        yield found
 
 
 def _as_whole(logits: Tensor, linearization: Linearization) -> Tensor:

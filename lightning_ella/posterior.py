@@ -139,10 +139,11 @@ def calibrate(
     count = int(world.sum(torch.tensor(len(logits))))
     points = points._replace(weights=weights.double() / world.sum(weights.double().sum()) * count)  # one on average
     draws = draws.to(curvature.device)
-    draws = draws[: max(MIN_DRAWS, TUNING_BUDGET // (count * logits.shape[1]))]
+    width = points.num_views * logits.shape[1]
+    draws = draws[: max(MIN_DRAWS, TUNING_BUDGET // (count * width))]
     # In float64: where the loss is flat, the rounding of float32 would decide where the search ends.
     draws, tolerance = (draws.float(), 1e-7) if logits.shape[1] >= MANY else (draws.double(), 1e-13)
-    if count * logits.shape[1] * len(draws) >= LONG:
+    if count * width * len(draws) >= LONG:
         faster = f", which is faster with top_outputs={TOP}" if likelihood.one_of_many and logits.shape[1] > TOP else ""
         log.info("ELLA: choosing the scales on %d points of %d outputs%s.", count, logits.shape[1], faster)
     start = _start(points, curvature, likelihood, given, count, world)
@@ -152,7 +153,7 @@ def calibrate(
         widths = WIDTHS | {"temperature": NEAR}
     free = free_scales(given, features, curvature, likelihood)
     precision = torch.tensor([widths[name] ** -2 / count for name in free]).to(curvature)
-    parts = slices(len(logits), chunks(curvature).tuning // (logits.shape[1] * max(draws.shape)))
+    parts = slices(len(logits), chunks(curvature).tuning // (width * max(draws.shape)))
 
     def posterior(steps: Tensor) -> Posterior:
         """The start, its free scales multiplied by the exponentials of `steps`."""
@@ -161,12 +162,16 @@ def calibrate(
 
     def losses(steps: Tensor, part: slice) -> Tensor:
         chosen, some = posterior(steps), points.rows(part).to(curvature.device)
-        mean, along = some.logits.to(draws), some.features.to(draws)
-        if likelihood.sees_samples_only(predictive):  # which the features give at once, without a factor of their own
-            gaussian = Gaussian(mean, along, chosen.coordinates(draws))
-        else:
-            gaussian = Gaussian(mean, chosen.factor(along), draws)
-        prediction = likelihood.predict(gaussian, predictive, chosen.temperature.to(draws))
+        # Samples alone come from the features at once, without a factor of their own.
+        coordinates = chosen.coordinates(draws) if likelihood.sees_samples_only(predictive) else None
+
+        def gaussian(mean: Tensor, features: Tensor) -> Gaussian:
+            mean, along = mean.to(draws), features.to(draws)
+            if coordinates is None:
+                return Gaussian(mean, chosen.factor(along), draws)
+            return Gaussian(mean, along, coordinates)
+
+        prediction = likelihood.predict(some.outputs(gaussian), predictive, chosen.temperature.to(draws))
         assert some.weights is not None
         return some.weights * likelihood.nll(prediction, some.targets)
 

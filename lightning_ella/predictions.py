@@ -93,6 +93,14 @@ class Gaussian:
             away = self.draws @ self.factor.flatten(0, -2).T  # (S, K) x (K, n C) -> (S, n C)
         return self.mean + away.view(len(self.draws), *self.mean.shape)
 
+    def read(self, closed: Callable[["Gaussian"], Tensor]) -> Tensor:
+        """What a closed form makes of it."""
+        return closed(self)
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> "Gaussian":
+        """With another mean."""
+        return replace(self, mean=change(self.mean))
+
     def label_log_probs(self, labels: Tensor, temperature: Tensor) -> Tensor:
         """Log softmax at the label, (S, *), of each draw's outputs divided by the temperature."""
         size = max(1, chunks(self.mean).reused_outputs // max(1, self.mean.numel()))
@@ -220,13 +228,98 @@ class LowRank:
 
 
 @dataclass
+class Mixture:
+    """Outputs of one of V views of each input, each as likely: to be asked as a `Gaussian` is.
+
+    Draws of the weights are the same for all views, so there are V S samples.
+    """
+
+    parts: list[Gaussian]
+
+    @property
+    def draws(self) -> Tensor:
+        """(S, K), of each view."""
+        return self.parts[0].draws
+
+    @property
+    def mean(self) -> Tensor:
+        """(*, C), over the views."""
+        return torch.stack([part.mean for part in self.parts]).mean(0)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(*, C, C), of the outputs of one position, by the law of total covariance."""
+        means = torch.stack([part.mean for part in self.parts]) - self.mean
+        between = torch.einsum("v...c,v...d->...cd", means, means) / len(self.parts)
+        return self.read(lambda part: part.covariance) + between
+
+    @property
+    def variance(self) -> Tensor:
+        """(*, C), the diagonal of the covariance."""
+        means = torch.stack([part.mean for part in self.parts])
+        return self.read(lambda part: part.variance) + means.var(0, correction=0)
+
+    @property
+    def joint(self) -> LowRank:
+        """Not known of views.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("with views= ask predictor.outputs(inputs) what several inputs have in common.")
+
+    def __sub__(self, other: Any) -> Any:
+        raise ValueError("with views= ask predictor.outputs(inputs) for a difference.")
+
+    def __truediv__(self, by: Tensor) -> "Mixture":
+        return Mixture([part / by for part in self.parts])
+
+    def expectation(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Monte Carlo mean (*, …) of `function`, which maps outputs (s, *, C) to (s, *, …)."""
+        return self.read(lambda part: part.expectation(function))
+
+    def in_parts(self) -> Iterator[Tensor]:
+        """Outputs (s, *, C) of some of the draws and views at a time."""
+        for part in self.parts:
+            yield from part.in_parts()
+
+    def rows(self) -> Iterator["Mixture"]:
+        """Some samples of the batch at a time."""
+        yield from (Mixture([*some]) for some in zip(*(part.rows() for part in self.parts), strict=True))
+
+    def samples(self) -> Tensor:
+        """Outputs (V S, *, C), one for each view and draw."""
+        return torch.cat([part.samples() for part in self.parts])
+
+    def read(self, closed: Callable[[Gaussian], Tensor]) -> Tensor:
+        """The mean over the views of what a closed form makes of each."""
+        return torch.stack([closed(part) for part in self.parts]).mean(0)
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> "Mixture":
+        """With other means."""
+        return Mixture([part.moved(change) for part in self.parts])
+
+    def label_log_probs(self, labels: Tensor, temperature: Tensor) -> Tensor:
+        """Log softmax at the label, (V S, *), of each draw's outputs divided by the temperature."""
+        return torch.cat([part.label_log_probs(labels, temperature) for part in self.parts])
+
+
+Outputs = Gaussian | Mixture
+
+
+def mixed(parts: list[Gaussian]) -> Outputs:
+    """The outputs of one view, or of one of several."""
+    return parts[0] if len(parts) == 1 else Mixture(parts)
+
+
+@dataclass
 class Prediction:
     """What the posterior says of a batch, by Monte Carlo over its outputs, for any likelihood.
 
     Everything but the logits is worked out when it is asked for. Shapes are those of the network's outputs.
     """
 
-    logits: Gaussian
+    logits: Outputs
     predictive: str
     temperature: Tensor  # ()
     likelihood: "Likelihood | None" = None
@@ -235,7 +328,7 @@ class Prediction:
 
     @property
     def logits_mean(self) -> Tensor:
-        """(B, C), the outputs of the trained network, unchanged."""
+        """(B, C), the outputs of the trained network, unchanged; with views their mean over these."""
         return self.shaped(self.logits.mean)
 
     @property
@@ -330,7 +423,7 @@ class Prediction:
         return shaped(values, self.axis, batch_axes) if self.likelihood.per_output else values
 
     @property
-    def tempered(self) -> Gaussian:
+    def tempered(self) -> Outputs:
         """Outputs as the likelihood takes them, at the temperature."""
         assert self.likelihood is not None
         return self.likelihood.tempered(self.logits, self.temperature)
@@ -352,7 +445,7 @@ class Prediction:
 
         return mean, self.tempered.expectation(spread)
 
-    def _targets(self, seed: int = 0, logits: Gaussian | None = None) -> Tensor:
+    def _targets(self, seed: int = 0, logits: Outputs | None = None) -> Tensor:
         """Targets (S, *, C) or (S, *); two or more for each draw where there are few draws."""
         assert self.likelihood is not None
         logits = self.likelihood.tempered(logits or self.logits, self.temperature)
@@ -445,14 +538,14 @@ class ClassPrediction(Prediction):
         return (entropy(mean) - expected).clamp_min(0)
 
     @property
-    def tempered(self) -> Gaussian:
+    def tempered(self) -> Outputs:
         """Logits divided by the temperature."""
         return self.logits / self.temperature
 
     @cached_property
     def _probs(self) -> Tensor:
         closed = CLOSED_FORMS.get(self.predictive)
-        return self.tempered.expectation(self.link) if closed is None else closed(self.tempered)
+        return self.tempered.expectation(self.link) if closed is None else self.tempered.read(closed)
 
 
 @dataclass
@@ -482,7 +575,7 @@ class LabelPrediction(Prediction):
         return self.shaped((binary_entropy(mean) - expected).clamp_min(0)).to(self.logits.mean)
 
     @property
-    def tempered(self) -> Gaussian:
+    def tempered(self) -> Outputs:
         """Logits divided by the temperature."""
         return self.logits / self.temperature
 
@@ -494,17 +587,22 @@ class LabelPrediction(Prediction):
         logits = self.tempered
         if self.predictive == "mc":
             return logits.expectation(lambda f: (sign * f).double().sigmoid())
-        return (sign * logits.mean / (1 + pi / 8 * logits.variance).sqrt()).double().sigmoid()  # MacKay 1992
+        shrunk = lambda g: sign * g.mean / (1 + pi / 8 * g.variance).sqrt()  # noqa: E731 - MacKay 1992
+        return logits.read(lambda g: shrunk(g).double().sigmoid())
 
 
 @dataclass
 class NormalPrediction(Prediction):
-    """Outputs with Gaussian noise of known variance, in closed form: y ~ N(f(x), F Fᵀ + σ²)."""
+    """Outputs with Gaussian noise of known variance, in closed form: y ~ N(f(x), F Fᵀ + σ²).
+
+    Of several views it is the normal distribution with the moments of all of them (as of an ensemble, Lakshminarayanan
+    et al. 2017).
+    """
 
     noise_variance: Tensor = field(default_factory=lambda: torch.ones(1))  # σ², (C,), at the temperature
 
     @property
-    def tempered(self) -> Gaussian:
+    def tempered(self) -> Outputs:
         """The outputs as they are: the temperature is in the noise."""
         return self.logits
 
@@ -512,7 +610,7 @@ class NormalPrediction(Prediction):
     def _moments(self) -> tuple[Tensor, Tensor]:
         return self.logits.mean, self.logits.variance + self.noise_variance
 
-    def _targets(self, seed: int = 0, logits: Gaussian | None = None) -> Tensor:
+    def _targets(self, seed: int = 0, logits: Outputs | None = None) -> Tensor:
         drawn = (logits or self.logits).samples()
         noise = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(seed), dtype=drawn.dtype)
         return drawn + noise.to(drawn.device) * self.noise_variance.sqrt()

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from . import artefact
 from .activations import Layers
+from .augmentation import OneView, Views, names_of, restored, seen
 from .batches import Inputs, Picked, Unpack, as_tree, call, constant, inputs_and_targets, plain
 from .copies import Cast
 from .curvature import curvature
@@ -36,7 +37,7 @@ from .numerics import spread_normal
 from .observations import Observations, joined, matched, observations
 from .perturb import Perturb
 from .posterior import SCALES, Posterior
-from .predictions import ClassPrediction, Gaussian, shaped
+from .predictions import ClassPrediction, Gaussian, mixed, shaped
 from .residual import novelty, with_probes
 from .settings import Settings, at_least_one
 from .top import Selection
@@ -109,7 +110,7 @@ class ELLAPredictor(Head):
         self._tangents = dict(basis)
         if len(next(iter(basis.values()))) == self.rank:
             with_probes(self._tangents, settings["residual"], settings["seed"])
-        self.settings, self.batched = dict(settings), batched
+        self.settings, self.batched = {"views": (), **settings}, batched
         self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
         draws = spread_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
         self.draws = draws.to(curvature.device)
@@ -145,17 +146,17 @@ class ELLAPredictor(Head):
 
     def _predict(self, inputs: Inputs, targets: Tensor | None = None) -> tuple[Any, Selection | None]:
         with self._lock, as_function():
-            logits, features, kept = self._look(inputs, targets=targets)
-            posterior = self.posterior
-            gaussian = posterior.outputs(logits, features, self.draws.to(features))
-            prediction = self.likelihood.predict(
-                gaussian, self.settings["predictive"], posterior.temperature.to(logits)
-            )
+            looks = [self._look(inputs, targets=targets, view=view) for view in (None, *self.settings["views"])]
+            posterior, (_, features, kept) = self.posterior, looks[0]
+            gaussian = mixed([posterior.outputs(mean, along, self.draws.to(along)) for mean, along, _ in looks])
+            temperature = posterior.temperature.to(features)
+            prediction = self.likelihood.predict(gaussian, self.settings["predictive"], temperature)
             prediction.axis = self.axis
             if kept is not None and isinstance(prediction, ClassPrediction):
                 prediction.indices = kept.indices
             if features.shape[-1] > self.rank:
-                prediction.novelty = novelty(features, self.rank, centred=self.likelihood.invariant)
+                foreign = [novelty(along, self.rank, centred=self.likelihood.invariant) for _, along, _ in looks]
+                prediction.novelty = torch.stack(foreign).mean(0)
             return prediction, kept
 
     def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -179,7 +180,7 @@ class ELLAPredictor(Head):
         return SampledFunctions(self, torch.randn(num_functions, self.draws.shape[1], generator=generator))
 
     def outputs(self, inputs: Inputs, forward: Forward | None = None) -> Gaussian:
-        """The Gaussian over the outputs, before likelihood and temperature, channels last.
+        """The Gaussian over the outputs of inputs as they are, before likelihood and temperature, channels last.
 
         Args:
             inputs: a batch.
@@ -289,6 +290,11 @@ class ELLAPredictor(Head):
             ValueError: if the points cannot be used, or have another drift than those learnt before. The predictor is
                 then as it was.
         """
+        if self.settings["views"]:
+            raise ValueError(
+                "update() learns from inputs as they are, and the scales here are those of several views= of each: fit "
+                "without views= what is to learn later."
+            )
         if drift is not None and not (isinstance(drift, SupportsFloat) and 0 <= float(drift) < float("inf")):
             raise ValueError(f"drift={drift!r} must be a number of at least 0, or None to choose it.")
         drift = None if drift is None else float(drift)
@@ -389,7 +395,7 @@ class ELLAPredictor(Head):
         """
         metadata = {
             "format": FORMAT,
-            "settings": json.dumps(self.settings),
+            "settings": json.dumps(self.settings | {"views": names_of(self.settings["views"])}),
             "fingerprint": json.dumps(self.fingerprint),
             "origin": self.origin,
             "counted": json.dumps(sorted(self.counted)),
@@ -403,13 +409,16 @@ class ELLAPredictor(Head):
         return artefact.write(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module, forward: Forward = call) -> Self:
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module, forward: Forward = call, views: Views | None = None
+    ) -> Self:
         """Read a posterior and attach it to `model`, which must have the weights that it was fitted with.
 
         Args:
             path: what `save` wrote.
             model: the network.
             forward: how to call it, if the fit was told (a function is not stored).
+            views: those of the fit, if there are functions among them; names are in the file.
 
         Raises:
             FileNotFoundError: if there is no file.
@@ -425,13 +434,16 @@ class ELLAPredictor(Head):
                 theirs = {name: str(theirs[name]) for name in ("network", "weights")}
                 counted = [str(name) for name in json.loads(metadata.get("counted", "[]"))]
                 batched = bool(json.loads(metadata.get("batched", "false")))
-                settings = asdict(Settings(**json.loads(metadata["settings"])))
+                stored = json.loads(metadata["settings"])
+                names = [str(name) for name in stored.pop("views", ())]
+                settings = asdict(Settings(**stored))
                 if any(name.startswith(_LEARNT) for name in shapes):
-                    stored = json.loads(metadata["learnt"])
-                    learnt.update({name: stored[name] for name in Learnt.DESCRIBED})
+                    told = json.loads(metadata["learnt"])
+                    learnt.update({name: told[name] for name in Learnt.DESCRIBED})
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
             compare(theirs, model, counted, f"the posterior in {path}", origin)
+            settings["views"] = restored(names, views)
             _check_shapes(shapes, model, settings, path)
             described.update(settings=settings, origin=origin, counted=counted, batched=batched)
 
@@ -449,12 +461,17 @@ class ELLAPredictor(Head):
         return cls(model, basis=basis, forward=forward, **described, **parts)  # type: ignore[arg-type]
 
     def _look(
-        self, inputs: Inputs, forward: Forward | None = None, targets: Tensor | None = None
+        self,
+        inputs: Inputs,
+        forward: Forward | None = None,
+        targets: Tensor | None = None,
+        view: OneView | None = None,
     ) -> tuple[Tensor, Tensor, Selection | None]:
         with self._lock, as_function():
             linearization = self._here() if forward is None else self._through(forward)
             top = self.settings["top_outputs"] if forward is None else None
-            own = self._told_apart(tree_map(constant, plain(as_tree(inputs), self.device)), linearization)
+            own = seen(tree_map(constant, plain(as_tree(inputs), self.device)), view)
+            own = self._told_apart(own, linearization)
             temperature = 1.0 if top is None else float(self.temperature)
             return linearization.look(own, self._tangents, top, targets, temperature)
 

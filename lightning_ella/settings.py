@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .augmentation import Views, listed
 from .curvature import CURVATURES
 from .engine import ENGINES, PRECISIONS
 from .landmarks import LANDMARKS
@@ -48,6 +49,9 @@ class Settings:
         residual_scale: variance of every parameter outside the span; None chooses it on unseen points, and leaves the
             residual out where there are none.
         temperature: the logits are divided by it before they become probabilities; None chooses it on unseen points.
+        views: other looks at each input that mean the same, over which predictions average, each for the price of one
+            more: names ("hflip", "vflip", "shift2", "hflip+shift2", …) or functions of a batch of inputs. Take those
+            that the training's augmentations make.
         learn: whether the mean of the posterior may leave the network's outputs for what unseen points say, where that
             predicts each of them better from the others, by two standard errors.
         predictive: how the posterior is integrated over: "mc", "probit" or "bridge" for classes, "exact" for
@@ -81,6 +85,7 @@ class Settings:
     residual: str | int = "auto"
     residual_scale: float | None = None
     temperature: float | None = None
+    views: Views = ()
     learn: bool = False
     predictive: str = "auto"
     num_samples: int = 256
@@ -137,6 +142,10 @@ class Settings:
             _one_of("residual", self.residual, ("auto", "none"))
         elif not isinstance(self.residual, int) or not 0 <= self.residual <= MAX_PROBES:
             raise ValueError(f"residual={self.residual!r} is not 'auto', 'none' or a number of at most {MAX_PROBES}.")
+        object.__setattr__(self, "views", listed(self.views))
+        for name, value in {"top_outputs": self.top_outputs, "learn": self.learn or None}.items():
+            if self.views and value is not None:
+                raise ValueError(f"views= and {name}= do not go together: leave out one of them.")
         for name in SCALES:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
