@@ -34,13 +34,13 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def listed(views: Views) -> tuple[OneView, ...]:
-    """Names and functions as a tuple.
+def listed(views: Views | None) -> tuple[OneView, ...]:
+    """Names and functions as a tuple; None has none.
 
     Raises:
         ValueError: if there is no such name.
     """
-    found = (views,) if isinstance(views, str) or callable(views) else tuple(views)
+    found = (views,) if isinstance(views, str) or callable(views) else tuple(views or ())
     for view in found:
         if unknown := [] if callable(view) else [name for name in str(view).split("+") if name not in VIEWS]:
             raise ValueError(

@@ -85,7 +85,7 @@ class Settings:
     residual: str | int = "auto"
     residual_scale: float | None = None
     temperature: float | None = None
-    views: Views = ()
+    views: Views | None = ()
     learn: bool = False
     predictive: str = "auto"
     num_samples: int = 256

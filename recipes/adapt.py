@@ -463,7 +463,7 @@ def directions(rank: int) -> str:
 
 def posterior_options(config: DictConfig) -> dict[str, Any]:
     """The settings of a fit."""
-    callback = ("_target_", "weights", "resume", "on_error", "path", "distil")
+    callback = ("_target_", "weights", "resume", "on_error", "path", "distil", "views")
     return {n: v for n, v in config.ella.items() if n not in callback} | {"num_calibration": None}
 
 

@@ -146,7 +146,7 @@ def fit_all(config: DictConfig, module: LightningModule, data: Images, seed: int
         predictions["deep ensemble"] = ensemble([module, *others])
     settings = {**config.ella, "seed": seed, "num_calibration": None}
     del settings["_target_"]
-    known = {n: v for n, v in settings.items() if n not in ("weights", "resume", "on_error", "path", "distil")}
+    known = {n: v for n, v in settings.items() if n not in ("weights", "resume", "on_error", "path", "distil", "views")}
     fit = lambda: fit_ella(deepcopy(module), task.train, held_out, **known)  # noqa: E731
     predictor, costs[OURS] = measured(fit)
     predictions[OURS] = lambda images: predictor(images).probs

@@ -79,6 +79,7 @@ class Images(LightningDataModule):
     channels = 3
     preprocessing: Preprocessing | None = None  # what the network wants, if it wants anything
     fixed_size: int | None = None  # of images that are taken as they are
+    flip = False  # whether the training mirrors images
 
     train: Dataset
     clean: Dataset
@@ -90,6 +91,11 @@ class Images(LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.foreign: dict[str, Dataset] = {}
         self.shifted: dict[str, Dataset] = {}
+
+    @property
+    def views(self) -> list[str]:
+        """What the training makes of an image as well, as `views=` of ELLA takes it."""
+        return ["hflip"] if self.flip else []
 
     def train_dataloader(self) -> DataLoader:
         """Augmented and shuffled."""
@@ -192,7 +198,7 @@ class Pictures(Images):
     """
 
     own = Preprocessing(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # where the network has no wishes
-    flip = True  # a mirrored image is of the same class
+    flip = True
     made = ("digits", "photographs", "noise")  # foreign images that every machine has
 
     def __init__(

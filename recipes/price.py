@@ -63,6 +63,11 @@ def with_entropy(probs: Tensor) -> Answer:
     return probs, entropy(probs)
 
 
+def answering(rival: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Answer]:
+    """A rival's probabilities and their entropy."""
+    return lambda images: with_entropy(rival(images))
+
+
 def with_novelty(predictor: Any) -> Callable[[Tensor], Answer]:
     """A prediction's probabilities of all classes, and novelty."""
 
@@ -96,7 +101,7 @@ def rungs(config: DictConfig, model: nn.Module, data: Images, folder: Path) -> d
     task = Task(model, data.ella_train_dataloader(), held_out, config.seed)
     started = time.perf_counter()
     scaled = temperature_scaling(task)
-    found["temperature scaling"] = Rung(lambda images: with_entropy(scaled(images)), time.perf_counter() - started)
+    found["temperature scaling"] = Rung(answering(scaled), time.perf_counter() - started)
     options = posterior_options(config)
     layers = [name for name, layer in model.named_modules() if name and [*layer.parameters(recurse=False)]]
     third = layers[-max(1, len(layers) // 3) :]
@@ -106,6 +111,13 @@ def rungs(config: DictConfig, model: nn.Module, data: Images, folder: Path) -> d
         "exact, 2 likeliest outputs": {"top_outputs": 2},
         "exact": {},
     }
+    views = config.views if data.views else []
+    for some_views in views:
+        started = time.perf_counter()
+        scaled = temperature_scaling(task, some_views)
+        found[f"temperature scaling, {1 + len(some_views)} views"] = Rung(
+            answering(scaled), time.perf_counter() - started
+        )
     for name, more in parts.items():
         started = time.perf_counter()
         predictor = fit_ella(model, data.ella_train_dataloader(), held_out, **options | more)
@@ -120,6 +132,11 @@ def rungs(config: DictConfig, model: nn.Module, data: Images, folder: Path) -> d
                     by_onnxruntime(fast, folder / "student.onnx", example), seconds_taught
                 )
         found[name] = Rung(with_novelty(predictor), seconds)
+    for some_views in views:
+        started = time.perf_counter()
+        predictor = fit_ella(model, data.ella_train_dataloader(), held_out, **options, views=some_views)
+        fast = predictor.distil(held_out)
+        found[f"student, {1 + len(some_views)} views"] = Rung(with_novelty(fast), time.perf_counter() - started)
     return found
 
 

@@ -23,6 +23,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
+from lightning_ella.augmentation import seen
 from lightning_ella.linearize import version
 from lightning_ella.metrics import NegativeLogLikelihood
 
@@ -174,9 +175,13 @@ def certain(task: Task) -> Predict:
 
 
 @torch.no_grad()
-def temperature_scaling(task: Task) -> Predict:
-    """One temperature for all logits (Guo et al. 2017)."""
-    parts = [(task.model(inputs), targets) for inputs, targets in task.held_out]
+def temperature_scaling(task: Task, views: Sequence[str] = ()) -> Predict:
+    """One temperature for all logits (Guo et al. 2017); with views the mean of the probabilities of each."""
+
+    def looks(inputs: Tensor) -> Tensor:  # (B, V, C)
+        return torch.stack([task.model(seen(inputs, view)) for view in (None, *views)], 1)
+
+    parts = [(looks(inputs), targets) for inputs, targets in task.held_out]
     logits, targets = (torch.cat(part) for part in zip(*parts, strict=True))
     log_temperature = torch.zeros((), dtype=logits.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
@@ -184,13 +189,14 @@ def temperature_scaling(task: Task) -> Predict:
     @torch.enable_grad()
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(logits / log_temperature.exp(), targets)
+        of_each = (logits / log_temperature.exp()).log_softmax(-1)
+        loss = nn.functional.nll_loss(of_each.logsumexp(1) - math.log(logits.shape[1]), targets)
         loss.backward()
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
     temperature = log_temperature.detach().exp()
-    return torch.no_grad()(lambda inputs: (task.model(inputs) / temperature).softmax(1))
+    return torch.no_grad()(lambda inputs: (looks(inputs) / temperature).softmax(-1).mean(1))
 
 
 def mc_dropout(task: Task) -> Predict:

@@ -45,7 +45,8 @@ def run(config: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     resolved = cast(dict, OmegaConf.to_container(config, resolve=True))
     module, data = build(config)
-    ella, logger = instantiate(config.ella), instantiate(config.logger) if config.logger else False
+    views = data.views if config.ella.views is None else config.ella.views
+    ella, logger = instantiate(config.ella, views=views), instantiate(config.logger) if config.logger else False
     best = ModelCheckpoint(monitor="val/loss", save_last=True)
     trainer = instantiate(config.trainer, callbacks=[best, ella], logger=logger)
     for each in trainer.loggers:
