@@ -79,6 +79,14 @@ def pool() -> Iterator[Pool]:
     pool.close()
 
 
+def negated(x: Tensor) -> Tensor:
+    return -x
+
+
+def halved(x: Tensor) -> Tensor:
+    return x / 2
+
+
 @dataclass(frozen=True)
 class Problem:
     """A small network, its data and the settings of a fit, made anew from these numbers in every process."""
@@ -92,6 +100,7 @@ class Problem:
     unseen: int = 9
     num_calibration: int | None = None
     curvature: str = "exact"
+    views: tuple[Callable, ...] = ()
     memory_budget: int | None = 2**30
     dtype: torch.dtype = torch.float64
 
@@ -102,6 +111,7 @@ class Problem:
             num_curvature=self.num_curvature,
             num_calibration=self.num_calibration,
             curvature=self.curvature,
+            views=self.views,
             memory_budget=self.memory_budget,
             num_samples=64,
             # In float32 the search would end elsewhere where the NLL is flat.
@@ -173,6 +183,7 @@ def test_any_number_of_processes_gives_the_same_posterior(pool: Pool, data: st.D
         unseen=data.draw(st.integers(1, 12)),
         num_calibration=data.draw(st.none() | st.integers(1, 6)),
         curvature=data.draw(st.sampled_from(["exact", "sampled"])),
+        views=data.draw(st.sampled_from([(), (negated,), (negated, halved)])),
     )
     size = data.draw(st.integers(2, MOST))
     alone, answers = fitted(World(), problem), pool(size, fitted, problem)
