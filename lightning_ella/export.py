@@ -1,6 +1,6 @@
 """Programs that need neither this package nor the network's code: `torch.export` and ONNX."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 from statistics import NormalDist
@@ -47,6 +47,7 @@ def export(path: Path, recorder: Recorder, fast: "FastPredictor", example: Input
             names = list(served(example))
             made = torch.onnx.export(program, (), output_names=names, dynamo=True, verbose=False)
             assert made is not None
+            _rename_others(made.model.graph, names)
             made.save(path, external_data=False)
     except (ImportError, OSError):
         raise
@@ -56,6 +57,14 @@ def export(path: Path, recorder: Recorder, fast: "FastPredictor", example: Input
             reason = "something in it fixes the number of samples, as len(x) does: use x.shape[0]."
         raise ValueError(f"the network cannot be written as a program of {path.suffix}: {reason}") from error
     return path
+
+
+def _rename_others(graph: Any, names: Collection[str]) -> None:
+    """Leave the outputs' names to the outputs: operations are named after what they do, `mean` for one."""
+    outputs = set(map(id, graph.outputs))
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        if value.name in names and id(value) not in outputs:
+            value.name = f"{value.name}_within"
 
 
 class Served(nn.Module):

@@ -715,7 +715,27 @@ def vit() -> nn.Module:
     return timm.models.vision_transformer.VisionTransformer(16, 4, num_classes=3, embed_dim=8, depth=2, num_heads=2)
 
 
+class NamedAsItsAnswers(nn.Module):
+    """Its input and its operations have the names of what a program says."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        x = inputs["variance"]
+        return self.head(x - x.mean(1, keepdim=True))
+
+
+def named() -> tuple[FastPredictor, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    points = [({"variance": torch.randn(30, 4)}, torch.randn(30, 2))]
+    predictor = fit_ella(NamedAsItsAnswers(), points, points, likelihood="regression", num_landmarks=20, rank=3)
+    return predictor.distil(points), {"variance": torch.randn(5, 4)}
+
+
 PROGRAMS = {
+    "names": named,
     "resnet": lambda: small(resnet, pictures),
     "vit": lambda: small(vit, pictures),
     "regression": lambda: (taught("regression")[1], torch.randn(5, 3).double()),
@@ -742,7 +762,7 @@ def program(path: Path, x: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *((name, "onnx") for name in ("resnet", "vit", "texts", "regression")),
+        *((name, "onnx") for name in ("resnet", "vit", "texts", "regression", "names")),
         *((name, "pt2") for name in ("vit", "texts", "multilabel", "ordinal")),
     ],
 )
