@@ -66,8 +66,10 @@ def restored(names: Any, given: Views | None) -> tuple[OneView, ...]:
         if lost := [name for name in names if name.startswith("function ")]:
             raise ValueError(f"a file keeps no functions: pass views= the same as in the fit, with {lost[0]}.")
         return listed(names)
-    if len(found := listed(given)) != len(names):
-        raise ValueError(f"the scales were chosen for the views {names}: pass views= as many, or none of them.")
+    found = listed(given)
+    kinds = ["function" if callable(view) else view for view in found]
+    if kinds != ["function" if name.startswith("function ") else name for name in names]:
+        raise ValueError(f"the scales were chosen for the views {names}: pass views= the same, in their order.")
     return found
 
 

@@ -43,10 +43,11 @@ def run(config: DictConfig) -> float | None:
     """Build what the configuration names, fit, and report; return the metric that a sweep goes by."""
     seed_everything(config.seed, workers=True, verbose=False)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    resolved = cast(dict, OmegaConf.to_container(config, resolve=True))
     module, data = build(config)
-    views = data.views if config.ella.views is None else config.ella.views
-    ella, logger = instantiate(config.ella, views=views), instantiate(config.logger) if config.logger else False
+    if config.ella.views is None:
+        config.ella.views = data.views
+    resolved = cast(dict, OmegaConf.to_container(config, resolve=True))
+    ella, logger = instantiate(config.ella), instantiate(config.logger) if config.logger else False
     best = ModelCheckpoint(monitor="val/loss", save_last=True)
     trainer = instantiate(config.trainer, callbacks=[best, ella], logger=logger)
     for each in trainer.loggers:

@@ -261,8 +261,9 @@ def test_files_keep_names_and_ask_for_functions(tmp_path: Path):
     path = predictor.save(tmp_path / "functions.safetensors")
     with pytest.raises(ValueError, match="pass views= the same as in the fit, with function halved"):
         ELLAPredictor.load(path, model)
-    with pytest.raises(ValueError, match="pass views= as many"):
-        ELLAPredictor.load(path, model, views=halved)
+    for others in (halved, ["vflip", halved], [halved, "hflip"]):
+        with pytest.raises(ValueError, match="pass views= the same, in their order"):
+            ELLAPredictor.load(path, model, views=others)
     loaded = ELLAPredictor.load(path, model, views=["hflip", halved])
     torch.testing.assert_close(loaded(x).probs, predictor(x).probs)
     restored = pickle.loads(pickle.dumps(predictor))
