@@ -44,7 +44,7 @@ def run(config: DictConfig) -> float | None:
     seed_everything(config.seed, workers=True, verbose=False)
     folder = Path(HydraConfig.get().runtime.output_dir)
     module, data = build(config)
-    if config.ella.views is None:
+    if config.ella.views is None and not (config.ella.get("top_outputs") or config.ella.get("learn")):
         config.ella.views = data.views
     resolved = cast(dict, OmegaConf.to_container(config, resolve=True))
     ella, logger = instantiate(config.ella), instantiate(config.logger) if config.logger else False
