@@ -18,7 +18,7 @@ ENOUGH = 6  # places: modules are opened until there are as many
 WIDEST = 4096  # channels that a place may have: those of an image laid flat are no summary
 MOST = 8  # places that are looked at; of more, as many at equal distances
 ROUNDING = 1e-4  # of the mean: a standard deviation below it is one of rounding
-TINY = 1e-12  # beside a variance
+TINY = 1e-30  # beside a variance
 SAME = 1e-3  # of the largest, that pooled activations of a sample may differ by in another batch
 Layers = str | Collection[str] | None
 
@@ -54,6 +54,7 @@ class Recorder:
         modules = dict(network.view.root.named_modules())
         self._kept: dict[str, Any] = {}
         self._folded, self.num_folded = ExitStack(), 0
+        self._refused: list[str] = []  # uses of what is folded that were refused
         for name in dict.fromkeys(place.module for place in places):
             modules[name].register_forward_hook(partial(self._keep, name))
 
@@ -68,19 +69,26 @@ class Recorder:
             outputs = self.network.own(inputs)
             pooled = self.pooled(inputs, outputs)
         except StaleError:  # these inputs go another way
-            self._folded.close()
-            self.num_folded = 0
-            return self(inputs)
+            return self._unfold()(inputs)
         self._kept.clear()
+        if self.num_folded and (self._refused or (outputs.sum() + pooled.sum()).isnan()):
+            return self._unfold()(inputs)
         return outputs, pooled
+
+    def _unfold(self) -> "Recorder":
+        self._folded.close()
+        self.num_folded, self._refused = 0, []
+        return self
 
     def fold(self, inputs: Inputs) -> "Recorder":
         """Let convolutions do the work of the BatchNorms after them, where these inputs show that they can."""
         few = rows(inputs, slice(0, 2))
+        expected = self(few)
         folding = find_folding(self.network, few, frozenset(self.network.names.values()))
-        self._folded.enter_context(folding.fused(self.network))
+        self._refused = self._folded.enter_context(folding.fused(self.network))
         self.num_folded = len(folding.pairs)
-        return self
+        # Not all uses can be seen, as those in what is compiled, but that the numbers are the same can.
+        return self if all(map(_same, expected, self(few))) else self._unfold()
 
     def pooled(self, inputs: Inputs, outputs: Tensor) -> Tensor:
         """Means over the positions of all places, and then standard deviations, (B, A)."""
@@ -205,7 +213,9 @@ def _is_plain(leaf: Any) -> bool:
 
 
 def _same(expected: Tensor, found: Tensor) -> bool:
-    return expected.shape == found.shape and bool((expected - found).abs().max() <= SAME * expected.abs().max())
+    if expected.shape != found.shape or not expected.numel():
+        return expected.shape == found.shape
+    return bool((expected - found).abs().max() <= SAME * expected.abs().max())
 
 
 def _channel_axis(module: nn.Module, output: Tensor, batch: int) -> int:
@@ -243,7 +253,7 @@ def _moments(place: Place, output: Any, mask: Tensor | None) -> tuple[Tensor, Te
         b, c = values.shape[:2]
         flat = values.flatten(2)  # (B, C, positions)
         _, mean, deviation = torch.native_group_norm(flat, None, None, b, c, flat.shape[2], c, TINY)
-        return mean, deviation.square().reciprocal()
+        return mean, deviation.reciprocal().square()
     values = values.movedim((place.batch, place.channel), (0, -1))  # (B, *, C)
     if not place.positions:
         return values, None

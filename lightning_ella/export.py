@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .activations import Recorder
-from .augmentation import seen
+from .augmentation import through
 from .batches import Inputs, num_samples, rows
 from .linearize import twice
 from .predictions import ClassPrediction, LabelPrediction, Mixture, NormalPrediction, Spread, mixed
@@ -87,7 +87,7 @@ class Served(nn.Module):
         network = recorder.network
         looks = []
         for view in fast.all_views:
-            own = seen(inputs, view)
+            own = through(inputs, view)
             outputs = network._forward(network.model, own)
             outputs = getattr(outputs, "logits", getattr(outputs, "prediction", outputs))
             outputs = outputs.reshape(-1, fast.student.num_outputs)  # which some squeeze

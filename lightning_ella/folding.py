@@ -94,17 +94,19 @@ class Folding:
             yield
 
     @contextmanager
-    def fused(self, network: Network) -> Iterator[None]:
+    def fused(self, network: Network) -> Iterator[list[str]]:
         """For outputs alone: let each convolution do the work of its BatchNorm, with weights and a bias of its own.
 
-        Evaluations raise a `StaleError` where a convolution's output has another use than was found.
+        Where a convolution's output has another use than was found, evaluations raise a `StaleError`, which the list
+        tells as well (who called may swallow it), or see NaN (what is compiled asks no Python).
         """
+        refused: list[str] = []
         with ExitStack() as stack:
             for pair in self.pairs:
-                way = _Fused(pair)
+                way = _Fused(pair, refused)
                 stack.enter_context(network.view.patched(pair.conv, forward=partial(way.convolve, pair.conv)))
                 stack.enter_context(network.view.patched(pair.norm, forward=way.shift))
-            yield
+            yield refused
 
     def check(self) -> None:
         """After a forward pass: raise a `StaleError` if a convolution's output did not go into its BatchNorm."""
@@ -151,8 +153,9 @@ class _Way:
 class _Fused:
     """From a convolution that does the work of its BatchNorm to where that would have been."""
 
-    def __init__(self, pair: Pair):
+    def __init__(self, pair: Pair, refused: list[str]):
         assert pair.norm.weight is not None
+        self.refused = refused
         scale = pair.norm.weight.detach() / _deviation(pair.norm)
         self.weight = pair.conv.weight.detach() * _along(scale, pair.conv.weight)
         before = 0 if pair.conv.bias is None else pair.conv.bias.detach()
@@ -162,26 +165,40 @@ class _Fused:
     def convolve(self, conv: nn.Conv2d, input: Tensor) -> Tensor:
         """With the BatchNorm in its weights; nobody but that can read the output."""
         output = conv._conv_forward(input, self.weight, self.bias)
-        self.output = output, output.as_subclass(_Sealed)
-        return self.output[1]
+        sealed = output.new_full((), torch.nan).expand(output.shape).as_subclass(_Sealed)
+        sealed.refused = self.refused  # type: ignore[attr-defined]
+        self.output = output, sealed
+        return sealed
 
     def shift(self, input: Tensor) -> Tensor:
         """Nothing is left to do."""
         output, self.output = self.output, None
         if output is None or input is not output[1]:
-            raise StaleError
+            self.refused.append("shift")
+            raise StaleError(SEALED)
         return output[0]
 
 
+SEALED = (
+    "this is the output of a convolution that does the work of its BatchNorm, too, in ELLA's view of the network: "
+    "hooks may keep it, but not read it."
+)
+
+
 class _Sealed(Tensor):
-    """What a convolution gives that has done more than it should: it has a shape, but no numbers that may be used."""
+    """What a convolution shows that has done more than it should: a shape, and NaN, whose use is noted and refused."""
+
+    refused: list[str]
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call `function` if it only asks what kind of tensor this is."""
         if function in PLAIN:
             return super().__torch_function__(function, types, args, kwargs or {})
-        raise StaleError
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, cls):
+                leaf.refused.append(str(function))
+        raise StaleError(SEALED)
 
 
 class _Once(TorchFunctionMode):
@@ -199,13 +216,13 @@ class _Once(TorchFunctionMode):
         if isinstance(result, (Tensor, tuple, list)) and self.used_up:
             for leaf in (*args, *(kwargs or {}).values()):
                 known = self.used_up.get(id(leaf))
-                if known is not None and known() is leaf and function not in PLAIN:
+                if known is not None and known() is leaf and function not in PLAIN | {Tensor.stride}:
                     raise StaleError
         return result
 
 
 KIND = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
-PLAIN = {Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, *(getattr(Tensor, name).__get__ for name in KIND)}
+PLAIN = {Tensor.size, Tensor.dim, Tensor.numel, *(getattr(Tensor, name).__get__ for name in KIND)}
 
 
 UNFOLDED = Folding({})

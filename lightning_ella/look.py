@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .augmentation import listed, refuse_unusable, seen
+from .augmentation import listed, names_of, refuse_unusable, seen
 from .basis import sketch_numbers
 from .batches import Inputs, Picked, num_samples, rows
 from .data import Points
@@ -104,8 +104,12 @@ def _look_through(linearization: Linearization, inputs: Inputs, settings: Settin
         )
     views = listed(settings.views)
     refuse_unusable(inputs, views)
-    for view in views:
-        linearization.logits(seen(inputs, view))
+    for view, name in zip(views, names_of(views), strict=True):
+        try:
+            linearization.logits(seen(inputs, view))
+        except Exception as error:
+            error.add_note(f"ELLA: this is with the view {name} of views=.")
+            raise
 
 
 def same_each_time(network: Network, inputs: Inputs) -> None:

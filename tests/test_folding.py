@@ -249,8 +249,29 @@ def or_after_it_was_written_to(net: Net, x: Tensor) -> Tensor:
     return net.head(net.bn1(y).tanh().mean((2, 3)))
 
 
+def or_again_unless_that_fails(net: Net, x: Tensor) -> Tensor:
+    y = net.conv1(x)
+    z = net.bn1(y)
+    try:
+        z = z + y if len(x) == 1 else z
+    except Exception:
+        z = z + 1
+    return net.head(z.tanh().mean((2, 3)))
+
+
+@torch.jit.script
+def scripted(y: Tensor) -> Tensor:
+    return y.sin()
+
+
+def or_again_in_what_is_compiled(net: Net, x: Tensor) -> Tensor:
+    y = net.conv1(x)
+    z = net.bn1(y)
+    return net.head((z if len(x) > 1 else z + scripted(y)).tanh().mean((2, 3)))
+
+
 WAYS = [or_its_convolution_again, or_without_its_norm, or_its_norm_twice, or_by_a_number_of_it]
-WAYS.append(or_after_it_was_written_to)
+WAYS += [or_after_it_was_written_to, or_again_unless_that_fails, or_again_in_what_is_compiled]
 
 
 @pytest.mark.parametrize("forward", WAYS)
@@ -264,6 +285,20 @@ def test_inputs_that_go_another_way_are_not_folded(forward: Callable[[Net, Tenso
         for some in (images[:1], images):
             torch.testing.assert_close(folded(some)[0], net(some))
         assert folded.num_folded == 0
+
+
+@pytest.mark.parametrize("kind", ["scripted", "type"])
+def test_uses_that_cannot_be_seen_are_not_folded(kind: str, images: Tensor):
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.conv1(x)
+        z = net.bn1(y)
+        z = z + scripted(y) if kind == "scripted" else z if type(y) is Tensor else 2 * z
+        return net.head(z.tanh().mean((2, 3)))
+
+    net = Net(forward).double().eval()
+    with as_values():
+        folded = recorder(net, images).fold(images)
+        torch.testing.assert_close(folded(images)[0], net(images))
 
 
 def test_an_error_on_the_way_leaves_it_folded(images: Tensor):
