@@ -113,7 +113,8 @@ def through(inputs: Inputs, view: OneView | None) -> Inputs:
 
 def portable_views(views: Iterable[OneView]) -> tuple[OneView, ...]:
     """Those that a pickle keeps, and what stands for the others; see `pickling.portable`."""
-    return tuple(view if isinstance(view, str) else portable("views", view) for view in views)
+    instead = "load the posterior from its file with views="
+    return tuple(view if isinstance(view, str) else portable("views", view, instead) for view in views)
 
 
 def refuse_unusable(inputs: Inputs, views: Iterable[OneView]) -> None:
@@ -125,8 +126,7 @@ def refuse_unusable(inputs: Inputs, views: Iterable[OneView]) -> None:
         one, other = seen(inputs, view), seen(inputs, view)
         if _random_states() != before or not _same(one, other):
             raise ValueError(
-                f"views= must give the same each time, but {name} draws random numbers: pass what it may do as "
-                "several views."
+                f"views= must give the same each time, but {name} does not: pass what it may do as several views."
             )
         for b in range(min(ALONE, num_samples(inputs))):
             part = slice(b, b + 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .activations import Layers, Recorder, find_places
-from .augmentation import seen
+from .augmentation import OneView, seen
 from .batches import Batch, Inputs, Picked, num_samples, rows, slices
 from .chunks import chunks
 from .data import Points, draw, merged, seeded
@@ -50,7 +50,8 @@ class Lecture(NamedTuple):
 
     plain: Lesson
     copies: Lesson
-    nll: Tensor  # (n,), of the exact predictor on `plain`
+    looks: list[tuple[Tensor, Tensor]]  # outputs and pooled activations of the points, and of their views in a test
+    nll: Tensor  # (n,), of the exact predictor at all of these
     targets: Tensor  # (n, …)
     weights: Tensor  # (n,)
 
@@ -70,6 +71,7 @@ def distil(
     generator, progress = torch.Generator().manual_seed(seed), progress or (bar if world.first else silent)
     with world.together("a look at the points to teach with"):
         parts = _parts(draw(num_points, points.numbers, generator), num_points)
+        last = len(parts) - max(1, len(parts) // TESTED)  # these and those after it test the student
         recorder = _recorder(predictor, points, parts[0], layers)
         seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
     with world.together("the student's lessons"):
@@ -79,9 +81,9 @@ def distil(
         given: dict[int, list[Lecture]] = {i: [] for i in mine}
         for _, batch, i in world.watched(progress(batches, "ELLA lessons", total)):
             copies = torch.Generator().manual_seed(seeds[i] + len(given[i]))
-            given[i].append(_lecture(predictor, recorder, batch, copies, perturb))
+            views = predictor.settings["views"] if i >= last else ()
+            given[i].append(_lecture(predictor, recorder, batch, copies, perturb, views))
     lectures = {number: lecture for some in world.everyone(given) for number, lecture in some.items()}
-    last = len(parts) - max(1, len(parts) // TESTED)  # these and those after it test the student
     with world.together("the student's learning"):
         taught, tested = ([x for i in range(*ends) for x in lectures[i]] for ends in ((0, last), (last, len(parts))))
         lessons = _joined([lesson for lecture in taught for lesson in lecture[:2]])  # type: ignore[misc]
@@ -142,19 +144,26 @@ def _recorder(predictor: "ELLAPredictor", points: Points, numbers: Sequence[int]
 
 
 def _lecture(
-    predictor: "ELLAPredictor", recorder: Recorder, batch: Batch, generator: torch.Generator, perturb: Perturb | None
+    predictor: "ELLAPredictor",
+    recorder: Recorder,
+    batch: Batch,
+    generator: torch.Generator,
+    perturb: Perturb | None,
+    views: Sequence[OneView],
 ) -> Lecture:
-    """Ask the exact engine about a batch and a copy of it."""
+    """Ask the exact engine about a batch and a copy of it, and how well it predicts through `views`."""
     likelihood, posterior, count = predictor.likelihood, predictor.posterior, num_samples(batch.inputs)
-    plain, logits, features = _asked(predictor, recorder, batch.inputs)
-    gaussian = posterior.outputs(logits, features, predictor.draws.to(features))
+    asked = [_asked(predictor, recorder, seen(batch.inputs, view)) for view in (None, *views)]
+    looks = [(lesson.outputs, lesson.pooled) for lesson, *_ in asked]
+    plain, logits, _ = asked[0]
+    gaussian = mixed([posterior.outputs(mean, along, predictor.draws.to(along)) for _, mean, along in asked])
     prediction = likelihood.predict(gaussian, predictor.settings["predictive"], posterior.temperature.to(logits))
     targets, weights = _answers(likelihood, batch, logits)
     answers = (part.cpu() for part in (likelihood.nll(prediction, targets), targets, weights))
     copies = perturbed(batch.inputs, generator) if perturb is None else perturb(batch.inputs)  # which may write to them
     if num_samples(copies) != count:
         raise ValueError(f"perturb= must give as many samples as it gets, {count}, not {num_samples(copies)}.")
-    return Lecture(plain, _asked(predictor, recorder, copies)[0], *answers)
+    return Lecture(plain, _asked(predictor, recorder, copies)[0], looks, *answers)
 
 
 def _joined(lessons: Sequence[Lesson]) -> Lesson:
@@ -251,10 +260,14 @@ def _figures(fast: FastPredictor, lectures: Sequence[Lecture]) -> dict[str, floa
         figures[f"variance_correlation{what}"] = _correlation(_log_variance(fast, said), _log_variance(fast, exact))
         if exact.novelty.numel():
             figures[f"novelty_correlation{what}"] = _correlation(said.novelty, exact.novelty)
-    exact = _joined([lecture.plain for lecture in lectures])
-    nll, targets, weights = (torch.cat([getattr(x, name) for x in lectures]) for name in ("nll", "targets", "weights"))
-    prediction = fast.predict([(exact.outputs.to(fast.device), exact.pooled.to(fast.device))])
-    ours = fast.likelihood.nll(prediction, targets.to(fast.device)).to(nll)
+    nll, weights = (torch.cat([getattr(lecture, name) for lecture in lectures]) for name in ("nll", "weights"))
+    predictions = (fast.predict([(f.to(fast.device), a.to(fast.device)) for f, a in x.looks]) for x in lectures)
+    ours = torch.cat(
+        [
+            fast.likelihood.nll(prediction, lecture.targets.to(fast.device)).to(nll)
+            for prediction, lecture in zip(predictions, lectures, strict=True)
+        ]
+    )
     total, change = weights.sum().clamp_min(1), weights * (ours - nll)
     figures |= {"nll_exact": float((weights * nll).sum() / total), "nll": float((weights * ours).sum() / total)}
     # The standard error of their difference.

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -155,7 +154,7 @@ class FastPredictor(Head):
             path: what `save` wrote.
             model: the network.
             forward: how to call it, if the fit was told (a function is not stored).
-            views: those of the fit, if there are functions among them; names are in the file.
+            views: those of the fit, in their order, if there are functions among them; names are in the file.
 
         Raises:
             FileNotFoundError: if there is no file.
@@ -171,7 +170,7 @@ class FastPredictor(Head):
                 known["counted"] = [str(name) for name in known["counted"]]
                 known["places"] = [_place(*place) for place in known["places"]]
                 names = [str(name) for name in known["settings"].pop("views", ())]
-                known["settings"] = asdict(Settings(**known["settings"]))
+                known["settings"] = Settings(**known["settings"]).as_dict()
                 known["figures"] = {str(name): float(value) for name, value in known["figures"].items()}
                 sizes = _sizes(shapes, known["places"])
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:

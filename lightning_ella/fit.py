@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from .augmentation import OneView, listed, names_of
+from .augmentation import listed
 from .basis import nystrom_basis, sketch_numbers
 from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, num_samples, rows, slices
 from .chunks import chunks
@@ -126,11 +126,11 @@ def run(
     progress = progress or (bar if world.first else silent)
     names = chosen_names(model, parameters)
     with seeded(settings.seed), as_function(), world.quiet():
-        likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
+        likelihood = LIKELIHOODS[settings.likelihood].from_settings(settings.as_dict())
         generator = torch.Generator().manual_seed(settings.seed)
         budget = settings.memory_budget or _share_of_memory(model, world)
         with world.together("a look at network and data"):
-            linearization = linearize(model, forward, asdict(settings) | {"memory_budget": budget}, names)
+            linearization = linearize(model, forward, settings.as_dict() | {"memory_budget": budget}, names)
             train, held_out = _points(train_loader, calibration_loader, unpack, settings)
             if world.size > 1 and not all(points.shareable for points in (train, held_out) if points is not None):
                 raise ValueError(
@@ -148,7 +148,7 @@ def run(
             seen = (train,) if likelihood.is_complete or held_out is None else (train, held_out)
             later = {"residual", "predictive", "num_samples", "learn", "views", *SCALES}
             later |= {"num_calibration"} if likelihood.is_complete else set()
-            before = {name: value for name, value in asdict(settings).items() if name not in later}
+            before = {name: value for name, value in settings.as_dict().items() if name not in later}
             stages.open(_identity(weights, linearization, seen, by_evidence, before) if stages.path else "")
         world.check_same(weights, "weights: load the same checkpoint on all of them")
         for points in (train, held_out):
@@ -259,7 +259,7 @@ def run(
                 **{name: getattr(posterior, name) for name in SCALES},
                 mean=posterior.mean,
                 forward=forward,
-                settings=asdict(settings) | {"residual": probes, "curvature": how} | likelihood.stored(),
+                settings=settings.as_dict() | {"residual": probes, "curvature": how} | likelihood.stored(),
                 origin=origin,
                 counted=counted,
                 batched=isinstance(inputs, Picked),
@@ -311,12 +311,12 @@ def check(
         sized = _sized(settings, count if start is train_loader else 2 * MANY)
         if start is not train_loader:  # how many points there are is not known
             sized = replace(sized, num_landmarks=min(count, sized.num_landmarks or count), rank=min(count, sized.rank))
-        linearization = linearize(model, forward, asdict(sized), names)
+        linearization = linearize(model, forward, sized.as_dict(), names)
         inputs, _ = look(linearization, train, held_out, sized)
         engine = linearization.cheaper(inputs, sized.rank)
         num_unseen = _total(held_out, unseen_start)
         num_points = _total(train, start)
-        likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
+        likelihood = LIKELIHOODS[settings.likelihood].from_settings(settings.as_dict())
         summed = min(num_points, settings.num_curvature or num_points)
         how = way(settings.curvature, summed, sized.rank, likelihood, tuned=held_out is not None)
         seconds, feature = _price(linearization, inputs, replace(settings, curvature=how), num_points, num_unseen)
@@ -583,7 +583,7 @@ def _calibrated(
     )
     figures = _compared(unseen, posterior, likelihood, settings.predictive, draws, world)
     chosen = free_scales(given, unseen.features, hessian, likelihood)
-    _say(posterior, figures, count, chosen, likelihood, listed(settings.views))
+    _say(posterior, figures, count, chosen, likelihood)
     return posterior, figures
 
 
@@ -631,7 +631,21 @@ def _compared(
             for name, summary in known.items():
                 found = likelihood.figures(summary, targets, unseen.logits.shape[1])
                 figures |= {f"{name}/{figure}": value for figure, value in found.items()}
+            if unseen.num_views > 1:
+                before, after = (likelihood.errors(known[name].cpu(), targets.cpu()).double() for name in known)
+                _tell_of_views(before, after)
     return world.object_from_first(figures)
+
+
+def _tell_of_views(before: Tensor, after: Tensor) -> None:
+    """Warn where points, of errors (n,) without views and with them, are surely predicted worse."""
+    change = after - before
+    if change.mean() > SURE * change.std(correction=0) / len(change) ** 0.5:
+        log.warning(
+            "ELLA: with views= the error on unseen points rises from %.3g to %.3g: the views change what an input is. "
+            "Pass those that the training's augmentations make, or none.",
+            *(float(before.mean()), float(after.mean())),
+        )
 
 
 def _noise(likelihood: Likelihood) -> dict[str, float]:
@@ -646,7 +660,6 @@ def _say(
     count: int,
     chosen: list[str],
     likelihood: Likelihood,
-    views: Sequence[OneView],
 ) -> None:
     """Log what was chosen, and warn of points that cannot tell."""
     names = {"ece": "ECE", "crps": "CRPS"}
@@ -669,14 +682,6 @@ def _say(
             "never trained on.",
             accuracy,
         )
-    if views and (before := figures.get("map/accuracy")) is not None and count:
-        error = (before * (1 - before) / count) ** 0.5
-        if figures["ella/accuracy"] < before - error / 2:
-            log.warning(
-                "ELLA: with views= %s the accuracy on unseen points falls from %.1f to %.1f %%: they change what an "
-                "input is. Pass those that the training's augmentations make, or none.",
-                *(", ".join(names_of(views)), 100 * before, 100 * figures["ella/accuracy"]),
-            )
     if count < FEW and chosen:
         log.warning("ELLA: %d calibration points are few, so the scales are rough: hold out %d or more.", *(count, FEW))
 

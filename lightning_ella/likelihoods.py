@@ -136,6 +136,10 @@ class Likelihood(ABC):
         scores = (prediction.mean_of_rows - targets).square(), prediction.crps_of_rows(targets), inside
         return torch.stack([nll, *(score.to(nll).unsqueeze(-1).flatten(1).mean(1) for score in scores)], -1)  # (n, 4)
 
+    def errors(self, summary: Tensor, targets: Tensor) -> Tensor:
+        """How wrong each point's mean prediction is, (n,), from `summary`."""
+        return summary[:, 1]
+
     def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
         """Figures of a predictive, updated with `(summary(prediction, targets), targets)`; options are of a Metric."""
         return regression_metrics(**options)
@@ -257,6 +261,10 @@ class Classification(Likelihood):
     def summary(self, prediction: ClassPrediction, targets: Tensor) -> Tensor:
         """Class probabilities, (n, C)."""
         return prediction.rows_of(prediction.probs)
+
+    def errors(self, summary: Tensor, targets: Tensor) -> Tensor:
+        """One where the likeliest class is another."""
+        return (summary.argmax(1) != targets).double()
 
     def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
         """Accuracy, NLL, ECE in bins of equal width and of equal mass, Brier score and AURC."""
@@ -394,6 +402,10 @@ class MultiLabel(Likelihood):
     def summary(self, prediction: LabelPrediction, targets: Tensor) -> Tensor:
         """Probability of each label, (n, C), float64: 1 − p is asked for, too."""
         return prediction.both[0]
+
+    def errors(self, summary: Tensor, targets: Tensor) -> Tensor:
+        """The share of labels that are likelier the other way."""
+        return ((summary > 0.5) != (targets > 0.5)).double().mean(1)
 
     def metrics(self, num_outputs: int, **options: Any) -> MetricCollection:
         """Accuracy, NLL, ECE and Brier score over all labels."""

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -81,7 +80,7 @@ def _try(linearization: Linearization, points: Points, settings: Settings) -> tu
     """The first few of the points and their outputs, if the network can be evaluated and differentiated there."""
     inputs, targets, weights = next(iter(points.batches(points.numbers[:POINTS], linearization.device)))
     logits = linearization.logits(inputs)
-    likelihood = LIKELIHOODS[settings.likelihood].from_settings(asdict(settings))
+    likelihood = LIKELIHOODS[settings.likelihood].from_settings(settings.as_dict())
     outputs = linearization.at_positions(logits)
     known = checked(likelihood, outputs, targets, linearization.axis)
     if not (weights_of(likelihood, known, weights) > 0).any():

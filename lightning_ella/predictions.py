@@ -59,8 +59,10 @@ class Gaussian:
         """The difference, whose variance knows that the two go together: Var(a) + Var(b) − 2 Cov(a, b).
 
         Raises:
-            ValueError: if one of them is a student's.
+            ValueError: if one of them is a student's, or of several views.
         """
+        if isinstance(other, Mixture):
+            raise ValueError(ONE_VIEW)
         if isinstance(self, Spread) or isinstance(other, Spread):
             raise ValueError("a student knows each input by itself: ask the exact predictor for a difference.")
         return Gaussian(self.mean - other.mean, self.factor - other.factor, self.draws)
@@ -227,9 +229,12 @@ class LowRank:
         return self.factor.square().sum(1)
 
 
+ONE_VIEW = "with views= ask predictor.outputs(inputs) for a difference, or for what several inputs have in common."
+
+
 @dataclass
 class Mixture:
-    """Outputs of one of V views of each input, each as likely: to be asked as a `Gaussian` is.
+    """Outputs of one of V views of each input, each as likely.
 
     Draws of the weights are the same for all views, so there are V S samples.
     """
@@ -266,10 +271,10 @@ class Mixture:
         Raises:
             ValueError: always.
         """
-        raise ValueError("with views= ask predictor.outputs(inputs) what several inputs have in common.")
+        raise ValueError(ONE_VIEW)
 
     def __sub__(self, other: Any) -> Any:
-        raise ValueError("with views= ask predictor.outputs(inputs) for a difference.")
+        raise ValueError(ONE_VIEW)
 
     def __truediv__(self, by: Tensor) -> "Mixture":
         return Mixture([part / by for part in self.parts])

@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, SupportsFloat
@@ -253,9 +253,10 @@ class ELLAPredictor(Head):
 
     @property
     def identity(self) -> str:
-        """Which directions of which weights these are."""
+        """Which directions of which weights these are, seen through which views."""
         values = " ".join(f"{value:.5e}" for value in self.eigenvalues.tolist())
         drawn = [self.settings[name] for name in ("likelihood", "residual", "seed")]
+        drawn += names_of(self.settings["views"])
         return hashlib.sha256(f"{self.fingerprint['weights']} {drawn} {values}".encode()).hexdigest()
 
     def update(
@@ -418,7 +419,7 @@ class ELLAPredictor(Head):
             path: what `save` wrote.
             model: the network.
             forward: how to call it, if the fit was told (a function is not stored).
-            views: those of the fit, if there are functions among them; names are in the file.
+            views: those of the fit, in their order, if there are functions among them; names are in the file.
 
         Raises:
             FileNotFoundError: if there is no file.
@@ -436,7 +437,7 @@ class ELLAPredictor(Head):
                 batched = bool(json.loads(metadata.get("batched", "false")))
                 stored = json.loads(metadata["settings"])
                 names = [str(name) for name in stored.pop("views", ())]
-                settings = asdict(Settings(**stored))
+                settings = Settings(**stored).as_dict()
                 if any(name.startswith(_LEARNT) for name in shapes):
                     told = json.loads(metadata["learnt"])
                     learnt.update({name: told[name] for name in Learnt.DESCRIBED})

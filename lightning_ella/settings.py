@@ -1,7 +1,7 @@
 """What a fit and its predictions depend on, apart from the network and the data."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -155,6 +155,10 @@ class Settings:
                 f"rank={self.rank} is more than num_landmarks={self.num_landmarks} can span: "
                 f"pass rank={self.num_landmarks} or less, or more landmarks."
             )
+
+    def as_dict(self) -> dict[str, Any]:
+        """By name; views are the user's own, not copies."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def limited(self, **limits: int) -> "Settings":
         """These settings, with none of the named numbers above its limit (None counts as above)."""

@@ -2,10 +2,13 @@
 
 import logging
 import pickle
+import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ListDataset
@@ -16,9 +19,10 @@ from test_fast import program
 from test_other_likelihoods import problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from lightning_ella import LIKELIHOODS, ELLACallback, ELLAPredictor, FastPredictor, Settings, fit_ella
-from lightning_ella.augmentation import VIEWS, seen, shifted
+from lightning_ella.augmentation import VIEWS, refuse_unusable, seen, shifted
 from lightning_ella.predictions import Mixture
 
 OPTIONS: dict[str, Any] = {"num_landmarks": 40, "rank": 4, "num_samples": 64, "residual": 3}
@@ -186,17 +190,90 @@ def test_settings_are_refused_at_once(options: dict[str, Any], message: str):
         Settings(**options)
 
 
+class Counting:
+    """Gives something else each time, without a random number."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.calls
+
+
+def rarely(x: Tensor) -> Tensor:
+    return x.flip(1) if random.random() < 0.01 else x
+
+
 @pytest.mark.parametrize(
     ("view", "message"),
     [
         ("hflip", "'hflip' is for images"),
         (lambda x: x[:1], "must give as many samples as it gets"),
         (lambda x: x + torch.randn_like(x), "must give the same each time"),
+        (rarely, "must give the same each time, but function rarely does not"),
+        (lambda x: x * (1 + np.random.rand()), "must give the same each time"),  # noqa: NPY002
+        (Counting(), "must give the same each time, but function Counting does not"),
+        (lambda x: x.flip(0), "must look at each sample alone"),
+        (lambda x: x - x.mean(0), "must look at each sample alone"),
+        (5, "neither a name, nor a function, nor a list"),
     ],
 )
 def test_views_that_cannot_be_used_are_refused(view: Any, message: str):
     with pytest.raises(ValueError, match=message):
         fitted(views=view)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.95])
+def test_random_transforms_are_refused_whatever_they_draw(p: float):
+    with pytest.raises(ValueError, match="but function RandomHorizontalFlip does not"):
+        pictures(views=v2.RandomHorizontalFlip(p))
+
+
+def test_inputs_with_nan_are_not_taken_for_random():
+    inputs = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
+    refuse_unusable(inputs, [flipped])
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.randn(2, 8, 8, 3),  # channels last
+        {"image": torch.randn(2, 3, 8, 8), "mask": torch.ones(2, 1, 4, 4)},
+        torch.randn(2, 8),
+    ],
+)
+def test_names_are_for_images_of_one_size(inputs: Any):
+    with pytest.raises(ValueError, match=r"is for images \(B, C, H, W\) of one size"):
+        refuse_unusable(inputs, ["hflip"])
+
+
+def test_whole_numbers_are_images_too():
+    inputs = {"image": torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8), "mask": torch.rand(2, 1, 8, 8)}
+    refuse_unusable(inputs, ["hflip+shift2"])
+    found = seen(inputs, "hflip")
+    assert found["image"].equal(inputs["image"].flip(-1))
+    assert found["mask"].equal(inputs["mask"].flip(-1))
+
+
+def test_a_view_that_the_network_cannot_take_is_named():
+    with pytest.raises(RuntimeError) as caught:
+        fitted(views=lambda x: x.float())
+    assert any("with the view function" in note for note in caught.value.__notes__)
+
+
+def test_a_view_is_the_user_s_own_object():
+    class Locked:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __call__(self, x: Tensor) -> Tensor:
+            with self.lock:
+                return -x
+
+    view = Locked()
+    predictor = fitted(views=[view], **GIVEN)[0]
+    assert predictor.settings["views"][0] is view
 
 
 def test_outputs_that_move_with_the_input_are_refused():
@@ -213,11 +290,13 @@ def test_what_is_not_known_of_views_says_who_knows_it():
         _ = predictor(x).logits.joint
     with pytest.raises(ValueError, match=r"ask predictor.outputs\(inputs\)"):
         _ = predictor(x).logits - predictor(x).logits
+    with pytest.raises(ValueError, match=r"ask predictor.outputs\(inputs\)"):
+        _ = predictor.outputs(x) - predictor(x).logits
     with pytest.raises(ValueError, match="fit without views="):
         predictor.update(points)
 
 
-def test_a_view_that_costs_accuracy_is_named(caplog: pytest.LogCaptureFixture):
+def test_a_view_that_costs_accuracy_is_told(caplog: pytest.LogCaptureFixture):
     def negated(x: Tensor) -> Tensor:
         return -2 * x
 
@@ -227,10 +306,10 @@ def test_a_view_that_costs_accuracy_is_named(caplog: pytest.LogCaptureFixture):
     loader = DataLoader(ListDataset([(a, b) for a, b in zip(x, model(x).argmax(1).detach(), strict=True)]), 20)
     with caplog.at_level(logging.WARNING):
         fit_ella(model, loader, loader, views=negated, **OPTIONS)
-    assert any("accuracy on unseen points falls" in message and "negated" in message for message in caplog.messages)
+    assert any("the error on unseen points rises" in message for message in caplog.messages)
     caplog.clear()
     fit_ella(model, loader, loader, views=same, **OPTIONS)
-    assert not any("accuracy on unseen points falls" in message for message in caplog.messages)
+    assert not any("the error on unseen points rises" in message for message in caplog.messages)
 
 
 # Files, pickles, the callback and the student ------------------------------------------------------------------------
@@ -288,6 +367,22 @@ def test_the_callback_takes_views(tmp_path: Path):
     again = pickle.loads(pickle.dumps(ella))
     with pytest.raises(ValueError, match="views= was left out of the pickle"):
         make_trainer(tmp_path, again).fit(Net(), data)
+
+
+def test_a_student_of_other_views_is_refused():
+    model, predictor, _, points = pictures(views=["hflip"])
+    fast = fit_ella(model, points, points, **OPTIONS).distil(points)
+    with pytest.raises(ValueError, match="taught by another posterior"):
+        predictor.adopt(fast)
+
+
+def test_a_student_is_tested_through_the_views():
+    def huge(x: Tensor) -> Tensor:
+        return 20 * x
+
+    found = [pictures(views=views, **GIVEN) for views in ([], [huge])]
+    one, other = (predictor.distil(points).figures["nll_exact"] for _, predictor, _, points in found)
+    assert abs(one - other) > 0.01
 
 
 @pytest.mark.filterwarnings("ignore")
