@@ -256,6 +256,17 @@ def test_whole_numbers_are_images_too():
     assert found["mask"].equal(inputs["mask"].flip(-1))
 
 
+def test_errors_of_points_are_those_of_their_likelihood():
+    probs, labels = torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([1, 1])
+    assert LIKELIHOODS["classification"]().errors(probs, labels).tolist() == [1, 0]
+    there = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    assert LIKELIHOODS["multilabel"]().errors(probs, there).tolist() == [0.5, 0.5]
+    predictor, x, y, _ = fitted("poisson", **{n: v for n, v in GIVEN.items() if n != "temperature"})
+    out = predictor(x)
+    found = predictor.likelihood.errors(predictor.likelihood.summary(out, y), y)
+    torch.testing.assert_close(found, (out.mean - y).square().mean(1))
+
+
 def test_a_view_that_the_network_cannot_take_is_named():
     with pytest.raises(RuntimeError) as caught:
         fitted(views=lambda x: x.float())

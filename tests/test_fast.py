@@ -780,6 +780,17 @@ def test_a_program_says_what_the_student_does(name: str, kind: str, tmp_path: Pa
             torch.testing.assert_close(value, right.to(value), rtol=1e-4, atol=1e-4)
 
 
+def test_batchnorms_are_folded_as_long_as_that_is_right():
+    fast, x = small(resnet, pictures)
+    expected = deepcopy(fast.model).eval()(x).detach()
+    norms = [module for module in fast.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    looked_at = [place.module for place in fast.places if isinstance(fast.model.get_submodule(place.module), nn.Conv2d)]
+    for _ in range(3):
+        torch.testing.assert_close(fast(x).logits_mean, expected, rtol=1e-4, atol=1e-4)
+        assert fast._recorder is not None
+        assert fast._recorder.num_folded == len(norms) - len(looked_at) > 0
+
+
 def test_other_endings_are_refused(learned):
     with pytest.raises(ValueError, match=r"model.pb ends neither in .onnx nor in .pt2"):
         learned[1].export("model.pb", rings(2, 0)[0])
