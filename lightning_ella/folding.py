@@ -160,12 +160,13 @@ class _Fused:
         self.weight = pair.conv.weight.detach() * _along(scale, pair.conv.weight)
         before = 0 if pair.conv.bias is None else pair.conv.bias.detach()
         self.bias = (before - _mean(pair.norm)) * scale + pair.norm.bias.detach()
+        self.nothing = self.bias.new_full((), torch.nan)
         self.output: tuple[Tensor, Tensor] | None = None  # the last one, and as it is shown
 
     def convolve(self, conv: nn.Conv2d, input: Tensor) -> Tensor:
         """With the BatchNorm in its weights; nobody but that can read the output."""
         output = conv._conv_forward(input, self.weight, self.bias)
-        sealed = output.new_full((), torch.nan).expand(output.shape).as_subclass(_Sealed)
+        sealed = self.nothing.to(output.dtype).expand(output.shape).as_subclass(_Sealed)
         sealed.refused = self.refused  # type: ignore[attr-defined]
         self.output = output, sealed
         return sealed
