@@ -59,7 +59,7 @@ class Learnt:
     def tensors(self) -> dict[str, Tensor]:
         """By name, to be stored."""
         own = {name: getattr(self, name).clone() for name in _OWN}  # a file holds no tensor under two names
-        return own | dict(self.points._asdict())
+        return own | {name: value for name, value in self.points._asdict().items() if value is not None}
 
     def described(self) -> dict[str, Any]:
         """The rest, to be stored."""
