@@ -94,7 +94,7 @@ def test_other_likelihoods_end_where_the_dense_objective_has_its_minimum(name: s
         torch.testing.assert_close(expected, hessian(objective)(mean), rtol=1e-6, atol=1e-8)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(st.permutations(range(60)), st.integers(1, 59), st.integers(1, 30))
 def test_order_parts_and_batches_change_nothing(order: list[int], cut: int, size: int):
     predictor, x, y = fitted()
