@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from math import atanh
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ def distil(
     fast.take(world.tensors_from_first(fast.tensors(), predictor.device))
     fast.figures = world.object_from_first(fast.figures)
     with world.quiet():
-        _tell(fast.figures, len(lessons.outputs), recorder)
+        _tell(fast.figures, len(lessons.outputs), sum(len(lecture.nll) for lecture in tested), recorder)
     return fast
 
 
@@ -290,8 +291,8 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num(0.0))
 
 
-def _tell(figures: Mapping[str, float], count: int, recorder: Recorder) -> None:
-    """Log how well the student follows, and warn where it does not."""
+def _tell(figures: Mapping[str, float], count: int, tested: int, recorder: Recorder) -> None:
+    """Log how well the student follows, and warn where it surely does not."""
     log.info(
         "ELLA: a student was taught on %d inputs, half of them changed, and looks at %d places in the network. On "
         "others, its log-variances correlate with the exact ones by %.2f (%.2f where changed), and the NLL is %.4g, "
@@ -299,11 +300,18 @@ def _tell(figures: Mapping[str, float], count: int, recorder: Recorder) -> None:
         *(count, len(recorder.places), figures["variance_correlation"], figures["variance_correlation_changed"]),
         *(figures["nll"], figures["nll_exact"], figures["seconds"]),
     )
-    closest = {name: value for name, value in figures.items() if "_correlation" in name}
+    error = SURE / max(1, tested - 3) ** 0.5  # of a correlation's artanh (Fisher 1921)
     allowed = max(WORSE * abs(figures["nll_exact"]), SURE * figures["nll_error"])
-    near = all(value >= CLOSE[name.partition("_")[0]] for name, value in closest.items())
-    if not (near and figures["nll"] <= figures["nll_exact"] + allowed):
+    short = [
+        f"{name} is {value:.2f}"
+        for name, value in figures.items()
+        if "_correlation" in name and atanh(0.999999 * value) + error < atanh(CLOSE[name.partition("_")[0]])
+    ]
+    if not figures["nll"] <= figures["nll_exact"] + allowed:
+        short.append(f"its NLL is {figures['nll']:.4g} instead of {figures['nll_exact']:.4g}")
+    if short:
         log.warning(
-            "ELLA: the student follows the exact predictor loosely: teach it with more points (num_points=), or ask "
-            "the exact one."
+            "ELLA: the student follows the exact predictor loosely (%s): teach it with more points (num_points=), or "
+            "ask the exact one.",
+            ", ".join(short),
         )
