@@ -69,6 +69,8 @@ class Recorder:
             outputs = self.network.own(inputs)
             pooled = self.pooled(inputs, outputs)
         except StaleError:  # these inputs go another way
+            if not self.num_folded:
+                raise
             return self._unfold()(inputs)
         self._kept.clear()
         if self.num_folded and (self._refused or (outputs.sum() + pooled.sum()).isnan()):
