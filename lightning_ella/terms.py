@@ -181,11 +181,13 @@ class Convolved(OuterProducts):
             one = self.layer.weight[0].numel() * self.layer.groups * self.products[1] * self.inputs.element_size()
             return torch.cat([OuterProducts.dense(part) for part in self.some(chunks(self.inputs).windows, one)])
         B, G, So, _ = self.gradients.shape
-        images, size = padded(self.layer, self.inputs), (B * G * So, *self.layer.weight.shape[1:])
+        padding, size = zero_padding(self.layer), (B * G * So, *self.layer.weight.shape[1:])
+        images = padded(self.layer, self.inputs) if padding is None else self.inputs
         gradients = self.gradients.reshape(1, -1, *self.size)  # samples as groups of channels
         images = images.reshape(1, -1, *images.shape[2:])
         weight_gradient: Any = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.size) - 1]
-        weights = weight_gradient(images, size, gradients, self.layer.stride, 0, self.layer.dilation, B * G)
+        how = self.layer.stride, padding or 0, self.layer.dilation, B * G
+        weights = weight_gradient(images, size, gradients, *how)
         return weights.view(B, G, self.num_cotangents, -1).transpose(1, 2).reshape(B, self.num_cotangents, -1)
 
     @property
@@ -256,6 +258,13 @@ class ConvolvedTransposed(OuterProducts):
 def _ints(padding: Any) -> tuple[int, ...]:
     """The padding of a transposed convolution, which is never the name of one."""
     return tuple(padding)
+
+
+def zero_padding(layer: Convolution) -> tuple[int, ...] | None:
+    """How many zeros there are before and after the inputs, for each axis; None where that is not all."""
+    around = layer._reversed_padding_repeated_twice  # of the last axis first
+    before, after = around[-2::-2], around[::-2]
+    return tuple(before) if layer.padding_mode == "zeros" and before == after else None
 
 
 def padded(layer: Convolution, inputs: Tensor) -> Tensor:
