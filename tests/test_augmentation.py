@@ -37,6 +37,10 @@ def halved(x: Tensor) -> Tensor:
     return x.mul_(0.5)  # which writes to what it gets
 
 
+def opposite(x: Tensor) -> Tensor:
+    return -3 * x
+
+
 def same(x: Tensor) -> Tensor:
     return x
 
@@ -137,6 +141,26 @@ def test_any_likelihood_takes_views(name: str):
     if name == "multilabel":
         alone = [likelihood.predict(g, "mc", temperature).probs for g in parts]
         torch.testing.assert_close(out.probs, torch.stack(alone).mean(0))
+
+
+def test_the_temperature_is_the_best_for_the_average_over_the_views():
+    scales = {"prior_variance": 1.0, "covariance_scale": 1e-4, "residual_scale": 1e-4}
+    predictor, x, y, _ = fitted(views=opposite, **scales)
+    chosen, losses = predictor.temperature, []
+    for factor in (0.8, 1.0, 1.25):
+        predictor.temperature = chosen * factor
+        losses.append(float(-predictor(x).log_prob(y).mean()))
+    assert min(losses) == losses[1]
+    assert abs(float(chosen) - float(fitted(**scales)[0].temperature)) > 0.05
+
+
+def test_a_student_s_temperature_is_for_the_average_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lightning_ella.distil.WIDTHS", {"variance": 0.1, "temperature": 10.0})
+    found = []
+    for views in ([], [opposite]):
+        predictor, _, _, points = fitted(views=views, **GIVEN)
+        found.append(float(predictor.distil(points).translation.temperature))
+    assert abs(found[0] - found[1]) > 0.1
 
 
 @given(order=st.permutations([flipped, halved, same]), size=st.integers(1, 60))
