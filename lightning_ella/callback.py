@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import trainers
-from .augmentation import listed, portable_views
+from .augmentation import portable_views
 from .data import Unpack, inputs_and_targets, points_of
 from .distil import MOST_TUNED, NUM_POINTS
 from .distributed import World
@@ -150,7 +150,7 @@ class ELLACallback(Callback):
         if isinstance(getattr(pl_module, "ella", None), ELLAPredictor | Refusal):
             pl_module._modules.pop("ella", None)  # the user's `module.ella = ELLAPredictor.load(…)` registers it
             object.__setattr__(pl_module, "ella", None)
-        for missing in (*(getattr(self, name) for name in ARGUMENTS), *listed(self.settings.views)):
+        for missing in (*(getattr(self, name) for name in ARGUMENTS), *self.settings.views):
             if isinstance(missing, LeftOut):
                 missing()
         others = [other for other in trainer.callbacks if isinstance(other, ELLACallback) and other is not self]  # type: ignore[attr-defined]
@@ -234,7 +234,7 @@ class ELLACallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle keeps: neither the posterior, which has a file, nor functions that cannot be pickled."""
         kept = {name: portable(name, getattr(self, name)) for name in ARGUMENTS}
-        kept["settings"] = replace(self.settings, views=portable_views(listed(self.settings.views)))
+        kept["settings"] = replace(self.settings, views=portable_views(self.settings.views))
         return self._own() | kept | {"_outcome": self._left_behind(), "_shared": Shared()}
 
     def __copy__(self) -> Self:

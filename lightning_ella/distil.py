@@ -262,13 +262,11 @@ def _figures(fast: FastPredictor, lectures: Sequence[Lecture]) -> dict[str, floa
         if exact.novelty.numel():
             figures[f"novelty_correlation{what}"] = _correlation(said.novelty, exact.novelty)
     nll, weights = (torch.cat([getattr(lecture, name) for lecture in lectures]) for name in ("nll", "weights"))
-    predictions = (fast.predict([(f.to(fast.device), a.to(fast.device)) for f, a in x.looks]) for x in lectures)
-    ours = torch.cat(
-        [
-            fast.likelihood.nll(prediction, lecture.targets.to(fast.device)).to(nll)
-            for prediction, lecture in zip(predictions, lectures, strict=True)
-        ]
-    )
+    parts = []
+    for lecture in lectures:
+        prediction = fast.predict([(f.to(fast.device), a.to(fast.device)) for f, a in lecture.looks])
+        parts.append(fast.likelihood.nll(prediction, lecture.targets.to(fast.device)).to(nll))
+    ours = torch.cat(parts)
     total, change = weights.sum().clamp_min(1), weights * (ours - nll)
     figures |= {"nll_exact": float((weights * nll).sum() / total), "nll": float((weights * ours).sum() / total)}
     # The standard error of their difference.

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from . import artefact
 from .activations import Place, Recorder, pooled_width
-from .augmentation import OneView, Views, names_of, restored, seen
+from .augmentation import Views, restored, seen
 from .batches import Inputs, as_tree, call, constant, plain
 from .export import export
 from .head import Head, compare
@@ -98,11 +98,6 @@ class FastPredictor(Head):
                 check_finite(outputs)
             return self.predict(looks)
 
-    @property
-    def all_views(self) -> tuple[OneView | None, ...]:
-        """Of each input: None, which is as it is, and the others."""
-        return None, *self.settings["views"]
-
     def predict(self, looks: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """The prediction for outputs (B, C) and pooled activations (B, A) of the network, at each view of B inputs."""
         answers = [self.student(pooled, outputs) for outputs, pooled in looks]
@@ -128,7 +123,7 @@ class FastPredictor(Head):
             OSError: if it cannot be written.
         """
         described = {name: getattr(self, name) for name in _DESCRIBED} | {"counted": sorted(self.counted)}
-        described["settings"] = self.settings | {"views": names_of(self.settings["views"])}
+        described["settings"] = self._stored_settings()
         metadata = {name: json.dumps(value) for name, value in described.items()}
         return artefact.write(path, self.tensors(), metadata | {"format": FORMAT})
 

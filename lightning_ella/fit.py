@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from .augmentation import listed
 from .basis import nystrom_basis, sketch_numbers
 from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, num_samples, rows, slices
 from .chunks import chunks
@@ -238,7 +237,7 @@ def run(
                 seeds = world.share(torch.randint(2**62, (count,), generator=generator).tolist())
                 points = visit(held_out, numbers, "calibration")
                 most, top = max(1, ROWS // max(1, count)), settings.top_outputs
-                how_seen = {"top": top, "most": most, "temperature": others, "views": listed(settings.views)}
+                how_seen = {"top": top, "most": most, "temperature": others, "views": settings.views}
                 unseen = _cached(linearization, points, basis, example, likelihood, seeds, **how_seen)
             near = others if (settings.top_outputs or MOST) < example.shape[-1] - 1 else None  # where some are lost
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, near, world)
@@ -389,7 +388,7 @@ def _price(
     return {
         "landmarks": landmarks * gradient * (1 if held else 2),
         "curvature": summed * (feature if settings.curvature == "exact" else gradient),
-        "calibration": looks * output + tuned * feature * (1 + len(listed(settings.views))),
+        "calibration": looks * output + tuned * feature * (1 + len(settings.views)),
     }, feature
 
 

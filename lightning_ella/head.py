@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from .augmentation import portable_views
+from .augmentation import OneView, names_of, portable_views
 from .linearize import Forward, version
 from .pickling import portable
 
@@ -52,6 +52,15 @@ class Head(nn.Module):
         memo[id(self)] = made = type(self).__new__(type(self))
         made.__setstate__(copy.deepcopy(self._own(), memo))
         return made
+
+    @property
+    def all_views(self) -> tuple[OneView | None, ...]:
+        """Of each input: None, which is as it is, and the others."""
+        return None, *self.settings["views"]
+
+    def _stored_settings(self) -> dict[str, Any]:
+        """Settings as they are written to a file."""
+        return self.settings | {"views": names_of(self.settings["views"])}
 
     def _own(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in self.made_again}
@@ -121,7 +130,7 @@ class Versions:
     def __init__(self, model: nn.Module, without: Collection[str]):
         plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
         tables = [table for module in plain for table in (module._parameters, module._buffers, module._modules)]
-        self._tables = [(table, [*table.values()]) for table in tables]
+        self._tables = [(table, dict(table)) for table in tables]
         named = [*model.named_parameters(), *model.named_buffers()]
         self._tensors = [value for name, value in named if name not in without]
         self._numbers = self._now()
@@ -129,9 +138,14 @@ class Versions:
     def hold(self) -> bool:
         """Whether the network has the same modules, parameters and buffers, and none was written to."""
         return (
-            all(len(table) == len(held) and all(map(is_, table.values(), held)) for table, held in self._tables)
+            all(len(table) == len(held) and (not held or _same(table, held)) for table, held in self._tables)
             and self._now() == self._numbers
         )
 
     def _now(self) -> list[tuple[int, int]]:
         return [(value.data_ptr(), version(value)) for value in self._tensors]
+
+
+def _same(table: Mapping[str, Any], held: Mapping[str, Any]) -> bool:
+    """Whether a table has the very objects that were there, under their names."""
+    return [*table] == [*held] and all(map(is_, table.values(), held.values()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .augmentation import listed, names_of, refuse_unusable, seen
+from .augmentation import names_of, refuse_unusable, seen
 from .basis import sketch_numbers
 from .batches import Inputs, Picked, num_samples, rows
 from .data import Points
@@ -101,9 +101,8 @@ def _look_through(linearization: Linearization, inputs: Inputs, settings: Settin
             "views= are for networks with one row of outputs an input, and this one has several, which move with what "
             "is seen: leave views= out."
         )
-    views = listed(settings.views)
-    refuse_unusable(inputs, views)
-    for view, name in zip(views, names_of(views), strict=True):
+    refuse_unusable(inputs, settings.views)
+    for view, name in zip(settings.views, names_of(settings.views), strict=True):
         try:
             linearization.logits(seen(inputs, view))
         except Exception as error:

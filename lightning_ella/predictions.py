@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .chunks import chunks
-from .numerics import in_full
+from .numerics import centred, in_full
 from .top import Selection
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Gaussian:
     @property
     def centred_variance(self) -> Tensor:
         """(*, C), of the outputs minus their mean over C."""
-        return (self.factor - self.factor.mean(-2, keepdim=True)).square().sum(-1)
+        return centred(self.factor).square().sum(-1)
 
     @property
     def joint(self) -> "LowRank":

@@ -146,7 +146,7 @@ class ELLAPredictor(Head):
 
     def _predict(self, inputs: Inputs, targets: Tensor | None = None) -> tuple[Any, Selection | None]:
         with self._lock, as_function():
-            looks = [self._look(inputs, targets=targets, view=view) for view in (None, *self.settings["views"])]
+            looks = [self._look(inputs, targets=targets, view=view) for view in self.all_views]
             posterior, (_, features, kept) = self.posterior, looks[0]
             gaussian = mixed([posterior.outputs(mean, along, self.draws.to(along)) for mean, along, _ in looks])
             temperature = posterior.temperature.to(features)
@@ -396,7 +396,7 @@ class ELLAPredictor(Head):
         """
         metadata = {
             "format": FORMAT,
-            "settings": json.dumps(self.settings | {"views": names_of(self.settings["views"])}),
+            "settings": json.dumps(self._stored_settings()),
             "fingerprint": json.dumps(self.fingerprint),
             "origin": self.origin,
             "counted": json.dumps(sorted(self.counted)),

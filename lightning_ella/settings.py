@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .augmentation import Views, listed
+from .augmentation import OneView, listed
 from .curvature import CURVATURES
 from .engine import ENGINES, PRECISIONS
 from .landmarks import LANDMARKS
@@ -85,7 +85,7 @@ class Settings:
     residual: str | int = "auto"
     residual_scale: float | None = None
     temperature: float | None = None
-    views: Views | None = ()
+    views: tuple[OneView, ...] = ()  # whatever `listed` takes
     learn: bool = False
     predictive: str = "auto"
     num_samples: int = 256

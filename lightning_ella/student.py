@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from .numerics import centred
 from .posterior import Posterior
 from .predictions import Spread
 from .progress import Progress, silent
@@ -66,7 +67,7 @@ def lesson(
     rank, features = len(root), features.double()
     foreign = novelty(features, rank, centred=invariant).clamp(SURE, 1 - SURE).logit().unsqueeze(1)
     if invariant and predictive != "probit":
-        features = features - features.mean(1, keepdim=True)
+        features = centred(features)
     inside, outside = features[..., :rank] @ root.to(features), features[..., rank:]
     variance = inside.square().sum(-1).clamp_min(TINY)
     if not outside.shape[-1]:

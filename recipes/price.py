@@ -54,18 +54,19 @@ class Rung:
     seconds: float  # of fitting
 
 
+def answering(probabilities: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Answer]:
+    """Probabilities and their entropy."""
+
+    def ask(images: Tensor) -> Answer:
+        probs = probabilities(images)
+        return probs, entropy(probs)
+
+    return ask
+
+
 def network_alone(model: nn.Module) -> Callable[[Tensor], Answer]:
     """The softmax and its entropy."""
-    return lambda images: with_entropy(model(images).softmax(-1))
-
-
-def with_entropy(probs: Tensor) -> Answer:
-    return probs, entropy(probs)
-
-
-def answering(rival: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Answer]:
-    """A rival's probabilities and their entropy."""
-    return lambda images: with_entropy(rival(images))
+    return answering(lambda images: model(images).softmax(-1))
 
 
 def with_novelty(predictor: Any) -> Callable[[Tensor], Answer]:

@@ -79,6 +79,15 @@ def test_weights_that_change_later_are_noticed():
         predictor(case.inputs)
 
 
+def test_a_layer_of_another_name_is_noticed():
+    case = make_case("mlp")
+    predictor = fitted(case)
+    last = next(reversed(case.model._modules))
+    case.model._modules["head"] = case.model._modules.pop(last)
+    with pytest.raises(ValueError, match="belongs to a network with other layers"):
+        predictor(case.inputs)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a posterior", None])
 def test_other_files_are_refused(tmp_path: Path, content: bytes | None):
     path = tmp_path / "other.safetensors"
