@@ -33,10 +33,37 @@ class Place(NamedTuple):
     width: int  # channels
     positions: bool  # whether there are any
 
+    @classmethod
+    def checked(cls, module: str, leaf: int, batch: int, channel: int, width: int, positions: bool) -> "Place":
+        """One as it is in a file.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        numbers = leaf, batch, channel, width
+        if not all(isinstance(number, int) and 0 <= number < 2**20 for number in numbers):
+            raise ValueError(f"no place: {module}, {numbers}")
+        return cls(str(module), *numbers, positions=bool(positions))
+
 
 def pooled_width(places: Sequence[Place]) -> int:
     """A: a mean for each channel, and a standard deviation where there are positions."""
     return sum(place.width * (1 + place.positions) for place in places)
+
+
+def both(places: Sequence[Place], others: Sequence[Place]) -> list[Place]:
+    """Each once."""
+    return [*dict.fromkeys([*places, *others])]
+
+
+def chosen(pooled: Tensor, some: Sequence[Place], places: Sequence[Place]) -> Tensor:
+    """Of the pooled activations of `places`, (B, A), those of some of them."""
+    if list(some) == list(places):
+        return pooled
+    owners = [(place, False) for place in places] + [(place, True) for place in places if place.positions]
+    wanted = [(place, False) for place in some] + [(place, True) for place in some if place.positions]
+    parts = dict(zip(owners, pooled.split([place.width for place, _ in owners], 1), strict=True))
+    return torch.cat([pooled[:, :0], *(parts[owner] for owner in wanted)], 1)
 
 
 class Recorder:
@@ -93,21 +120,47 @@ class Recorder:
         return self if all(map(_same, expected, self(few))) else self._unfold()
 
     def pooled(self, inputs: Inputs, outputs: Tensor) -> Tensor:
-        """Means over the positions of all places, and then standard deviations, (B, A)."""
-        if missing := [place.module for place in self.places if place.module not in self._kept]:
-            raise ValueError(f"the network does not call {missing[0]} for all inputs: pass layers= without it.")
-        mask, nothing = mask_of(inputs), outputs[:, :0]
-        moments = [_moments(place, self._kept[place.module], mask) for place in self.places]
-        means = torch.cat([nothing, *(mean for mean, _ in moments)], 1)
-        spread = [(mean, variance) for mean, variance in moments if variance is not None]
-        if not spread:
-            return means
-        own, variances = (torch.cat(parts, 1) for parts in zip(*spread, strict=True))
-        deviations = torch.where(variances > (ROUNDING * own).square(), variances, 0).sqrt()
-        return torch.cat([means, deviations], 1)
+        """Those of the last evaluation, which was with these inputs."""
+        return _pooled(self.places, self._kept, inputs, outputs)
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self._kept[name] = output
+
+
+def record(network: Network, places: Sequence[Place], inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Outputs (B, D) and pooled activations (B, A) of a network that nobody else records; NaN where some are missing.
+
+    What it calls for some inputs it may not call for others.
+    """
+    modules = dict(network.view.root.named_modules())
+    wanted = {place.module for place in places}
+    with keeping({name: module for name, module in modules.items() if name in wanted}) as kept:
+        outputs = network.own(inputs)
+    try:
+        return outputs, _pooled(places, kept, inputs, outputs)
+    except ElsewhereError:
+        return outputs, outputs.new_full((len(outputs), pooled_width(places)), torch.nan)
+
+
+class ElsewhereError(ValueError):
+    """A module was not called with all inputs of a batch."""
+
+
+def _pooled(places: Sequence[Place], kept: Mapping[str, Any], inputs: Inputs, outputs: Tensor) -> Tensor:
+    """Means over the positions of all places, and then standard deviations, (B, A)."""
+    mask, nothing, moments = mask_of(inputs), outputs[:, :0], []
+    for place in places:
+        found = _moments(place, kept[place.module], mask) if place.module in kept else None
+        if found is None or found[0].shape != (outputs.shape[0], place.width):
+            raise ElsewhereError(f"the network does not call {place.module} for all inputs: pass layers= without it.")
+        moments.append(found)
+    means = torch.cat([nothing, *(mean for mean, _ in moments)], 1)
+    spread = [(mean, variance) for mean, variance in moments if variance is not None]
+    if not spread:
+        return means
+    own, variances = (torch.cat(parts, 1) for parts in zip(*spread, strict=True))
+    deviations = torch.where(variances > (ROUNDING * own).square(), variances, 0).sqrt()
+    return torch.cat([means, deviations], 1)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CHECKSUM = "sha256"
+T = TypeVar("T")
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # by name: type as in the file ("F64") and shape
 
 
@@ -74,6 +76,11 @@ def read(
     if metadata.pop(CHECKSUM, None) != _checksum(tensors, metadata):
         raise ValueError(f"{path} is not as it was written (its checksum is wrong): write it again.")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
+
+
+def named(things: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """Those whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): thing for name, thing in things.items() if name.startswith(prefix)}
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -103,6 +103,10 @@ class Points:
             return self.targets[torch.as_tensor(numbers)]
         return torch.cat([batch.targets for batch in self.batches(numbers, "cpu")])
 
+    def at_once(self, numbers: Sequence[int], device: torch.device | str) -> list[Batch]:
+        """Points as one batch, whatever the loader's batch size; as several only where their shapes differ."""
+        return merged(list(self.batches(numbers, device)))
+
     def digest(self) -> str:
         """SHA-256 of which points these are."""
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """Teaching: from a loader of unseen points to a `FastPredictor`, by lessons from the exact engine."""
 
+import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import Layers, Recorder, find_places
+from .activations import Layers, Place, Recorder, both, chosen, find_places
 from .augmentation import OneView, seen
 from .batches import Batch, Inputs, Picked, num_samples, rows, slices
 from .chunks import chunks
-from .data import Points, draw, merged, seeded
+from .data import Points, draw, seeded
 from .distributed import World
+from .familiarity import scores
 from .fast import FastPredictor
 from .likelihoods import Likelihood
 from .linearize import Network, check_finite
@@ -73,23 +75,23 @@ def distil(
     with world.together("a look at the points to teach with"):
         parts = _parts(draw(num_points, points.numbers, generator), num_points)
         last = len(parts) - max(1, len(parts) // TESTED)  # these and those after it test the student
-        recorder = _recorder(predictor, points, parts[0], layers)
+        recorder, places = _recorder(predictor, points, parts[0], layers)
         seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
     with world.together("the student's lessons"):
         mine = world.share(range(len(parts)))
-        batches = ((batch.inputs, batch, i) for i in mine for batch in _at_once(points, parts[i], predictor.device))
+        batches = ((batch.inputs, batch, i) for i in mine for batch in points.at_once(parts[i], predictor.device))
         total = sum(len(parts[i]) for i in mine)
         given: dict[int, list[Lecture]] = {i: [] for i in mine}
         for _, batch, i in world.watched(progress(batches, "ELLA lessons", total)):
             copies = torch.Generator().manual_seed(seeds[i] + len(given[i]))
             views = predictor.settings["views"] if i >= last else ()
-            given[i].append(_lecture(predictor, recorder, batch, copies, perturb, views))
+            given[i].append(_lecture(predictor, recorder, places, batch, copies, perturb, views))
     lectures = {number: lecture for some in world.everyone(given) for number, lecture in some.items()}
     with world.together("the student's learning"):
         taught, tested = ([x for i in range(*ends) for x in lectures[i]] for ends in ((0, last), (last, len(parts))))
         lessons = _joined([lesson for lecture in taught for lesson in lecture[:2]])  # type: ignore[misc]
         with seeded(seed):
-            fast = _untaught(predictor, recorder, lessons)
+            fast = _untaught(predictor, recorder, places, lessons)
             if world.first:
                 fast.student.cpu().learn(lessons, generator, progress)
         if world.first:
@@ -113,13 +115,10 @@ def _parts(numbers: Sequence[int], num_points: int) -> list[Sequence[int]]:
     return [numbers[part] for part in slices(len(numbers), min(AT_A_TIME, max(1, len(numbers) // TESTED)))]
 
 
-def _at_once(points: Points, numbers: Sequence[int], device: torch.device) -> list[Batch]:
-    """Points as one batch, whatever the loader's batch size; as several only where their shapes differ."""
-    return merged(list(points.batches(numbers, device)))
-
-
-def _recorder(predictor: "ELLAPredictor", points: Points, numbers: Sequence[int], layers: Layers) -> Recorder:
-    """Looks at the network where there is something to see.
+def _recorder(
+    predictor: "ELLAPredictor", points: Points, numbers: Sequence[int], layers: Layers
+) -> tuple[Recorder, list[Place]]:
+    """Looks at the network where there is something to see; and what of it the student sees.
 
     Raises:
         ValueError: if its outputs, or its inputs, are not of the kind that a student learns.
@@ -127,7 +126,7 @@ def _recorder(predictor: "ELLAPredictor", points: Points, numbers: Sequence[int]
     if predictor.settings["top_outputs"] is not None:
         raise ValueError("with top_outputs= every input has other outputs, which a student cannot learn.")
     numbers = [*numbers, *[number for number in points.numbers if number not in numbers][:LOOKED_AT]]
-    inputs = max(_at_once(points, numbers, predictor.device), key=lambda batch: num_samples(batch.inputs)).inputs
+    inputs = max(points.at_once(numbers, predictor.device), key=lambda batch: num_samples(batch.inputs)).inputs
     if isinstance(inputs, Picked) or predictor.batched or num_samples(inputs) < 2:
         raise ValueError(
             "samples cannot be told apart in such inputs, or all have other shapes, so a student cannot learn of each "
@@ -135,18 +134,20 @@ def _recorder(predictor: "ELLAPredictor", points: Points, numbers: Sequence[int]
         )
     network = Network(predictor.model, predictor.forward_function, list(predictor.basis))
     network.settle(inputs)
-    places = find_places(network, inputs, layers)
+    familiar = [] if predictor.familiarity is None else predictor.familiarity.places
+    places = familiar if familiar and layers is None else find_places(network, inputs, layers)
     if len(network.output_shape or ()) > 1:
         raise ValueError(
             f"a student learns of one row of outputs an input, but this network gives {network.output_shape}: use the "
             "exact predictor."
         )
-    return Recorder(network, places)
+    return Recorder(network, both(places, familiar)), places
 
 
 def _lecture(
     predictor: "ELLAPredictor",
     recorder: Recorder,
+    places: Sequence[Place],
     batch: Batch,
     generator: torch.Generator,
     perturb: Perturb | None,
@@ -154,31 +155,35 @@ def _lecture(
 ) -> Lecture:
     """Ask the exact engine about a batch and a copy of it, and how well it predicts through `views`."""
     likelihood, posterior, count = predictor.likelihood, predictor.posterior, num_samples(batch.inputs)
-    asked = [_asked(predictor, recorder, seen(batch.inputs, view)) for view in (None, *views)]
-    looks = [(lesson.outputs, lesson.pooled) for lesson, *_ in asked]
-    plain, logits, _ = asked[0]
-    gaussian = mixed([posterior.outputs(mean, along, predictor.draws.to(along)) for _, mean, along in asked])
+    asked = [_asked(predictor, recorder, places, seen(batch.inputs, view)) for view in (None, *views)]
+    looks = [look for *_, look in asked]
+    plain, logits, *_ = asked[0]
+    gaussian = mixed([posterior.outputs(mean, along, predictor.draws.to(along)) for _, mean, along, _ in asked])
     prediction = likelihood.predict(gaussian, predictor.settings["predictive"], posterior.temperature.to(logits))
     targets, weights = _answers(likelihood, batch, logits)
     answers = (part.cpu() for part in (likelihood.nll(prediction, targets), targets, weights))
     copies = perturbed(batch.inputs, generator) if perturb is None else perturb(batch.inputs)  # which may write to them
     if num_samples(copies) != count:
         raise ValueError(f"perturb= must give as many samples as it gets, {count}, not {num_samples(copies)}.")
-    return Lecture(plain, _asked(predictor, recorder, copies)[0], looks, *answers)
+    return Lecture(plain, _asked(predictor, recorder, places, copies)[0], looks, *answers)
 
 
 def _joined(lessons: Sequence[Lesson]) -> Lesson:
     return Lesson(*map(torch.cat, zip(*lessons, strict=True)))
 
 
-def _asked(predictor: "ELLAPredictor", recorder: Recorder, inputs: Inputs) -> tuple[Lesson, Tensor, Tensor]:
-    """A lesson on some inputs, and their outputs (B, C) and features (B, C, K + m)."""
+def _asked(
+    predictor: "ELLAPredictor", recorder: Recorder, places: Sequence[Place], inputs: Inputs
+) -> tuple[Lesson, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """A lesson on some inputs, their outputs (B, C) and features (B, C, K + m), and what was recorded."""
     outputs, pooled = recorder(inputs)
     parts = predictor._here().affordable(inputs, predictor.draws.shape[1])
     looked = [predictor.features(rows(inputs, part)) for part in parts]
     logits, features = (torch.cat(part) for part in zip(*looked, strict=True))
     how = {"invariant": predictor.likelihood.invariant, "predictive": predictor.settings["predictive"]}
-    return lesson(pooled, outputs, features, predictor.posterior.root(), **how), logits, features
+    own = chosen(pooled, places, recorder.places)
+    learnt = lesson(own, outputs, features, predictor.posterior.root(), **how)
+    return learnt, logits, features, (outputs.float().cpu(), pooled.float().cpu())
 
 
 def _answers(likelihood: Likelihood, batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +192,9 @@ def _answers(likelihood: Likelihood, batch: Batch, outputs: Tensor) -> tuple[Ten
     return targets, weights_of(likelihood, targets, batch.weights)
 
 
-def _untaught(predictor: "ELLAPredictor", recorder: Recorder, lessons: Lesson) -> FastPredictor:
+def _untaught(
+    predictor: "ELLAPredictor", recorder: Recorder, places: Sequence[Place], lessons: Lesson
+) -> FastPredictor:
     """A fast predictor with a student that has learnt nothing."""
     posterior, settings = predictor.posterior, predictor.settings
     num_outputs, rank = lessons.along.shape[1:]
@@ -203,23 +210,28 @@ def _untaught(predictor: "ELLAPredictor", recorder: Recorder, lessons: Lesson) -
         predictor.model,
         student=Student.of(lessons, predictor.likelihood.invariant),
         translation=Translation(posterior.root().cpu(), draws).follow(posterior),
-        places=recorder.places,
+        places=places,
         output_shape=recorder.network.output_shape,
         teacher=predictor.identity,
         forward=predictor.forward_function,
         settings=settings | predictor.likelihood.stored(),
         origin=predictor.origin,
         counted=predictor.counted,
+        familiarity=copy.deepcopy(predictor.familiarity),
     ).to(predictor.device)
 
 
 def _tune(fast: FastPredictor, recorder: Recorder, points: Points, numbers: Sequence[int]) -> None:
     """Choose the scales anew, on points that the student has not seen, with a prior around the exact predictor's."""
     likelihood, translation, parts = fast.likelihood, fast.translation, []
-    numbers = numbers[: max(1, TUNING // (DRAWS * len(fast.all_views) * fast.student.num_outputs))]
+    numbers, foreign = numbers[: max(1, TUNING // (DRAWS * len(fast.all_views) * fast.student.num_outputs))], []
     for batch in points.batches(points.arranged(numbers), fast.device):
         looks = [recorder(seen(batch.inputs, view)) for view in fast.all_views]
-        said = [fast.translation(check_finite(outputs), fast.student(pooled, outputs)) for outputs, pooled in looks]
+        answers = [fast.say(pooled, check_finite(outputs)) for outputs, pooled in looks]
+        said = [fast.translation(outputs, answer) for (outputs, _), answer in zip(looks, answers, strict=True)]
+        if fast.familiarity is not None:
+            found = scores(fast.looks(looks, answers), fast.familiarity.distance, likelihood)
+            foreign.append(torch.stack([found[name] for name in fast.familiarity.parts], 1))
         gaussians = (torch.stack(part, 1) for part in zip(*((g.mean, g.factor, g.own) for g in said), strict=True))
         parts.append((*gaussians, *_answers(likelihood, batch, looks[0][0])))
     mean, factor, own, targets, weights = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -250,6 +262,8 @@ def _tune(fast: FastPredictor, recorder: Recorder, points: Points, numbers: Sequ
     translation.scale = steps[0].exp().to(translation.scale)
     translation.tempering = steps[1:].sum().exp().to(translation.tempering)
     translation.temperature = translation.temperature * translation.tempering
+    if fast.familiarity is not None:
+        object.__setattr__(fast, "familiarity", fast.familiarity.among(torch.cat(foreign)))
 
 
 def _figures(fast: FastPredictor, lectures: Sequence[Lecture]) -> dict[str, float]:

@@ -127,6 +127,11 @@ class Linearization:
         one = 3 * self.sizes(inputs).num_outputs * columns * next(iter(self.parameters.values())).element_size()
         return slices(num_samples(inputs), max(1, self.memory_budget // 4 // one))
 
+    def recordable(self, inputs: Inputs, times: int = 1) -> list[slice]:
+        """Samples whose activations fit the memory budget, so many times; those of a batched graph come together."""
+        most = max(1, self.memory_budget // (4 * times * max(1, self.sizes(inputs).held)))
+        return slices(num_samples(inputs), num_samples(inputs) if isinstance(inputs, Picked) else most)
+
     def at_positions(self, flat: Tensor) -> Tensor:
         """What belongs to the outputs of the last call, (B, D, …), as (B, *, C, …)."""
         return self.network.at_positions(flat, self.axis)

@@ -100,7 +100,8 @@ class Served(nn.Module):
         if isinstance(prediction, NormalPrediction):
             away = NormalDist().inv_cdf((1 + LEVEL) / 2) * said["variance"].sqrt()
             said["lower"], said["upper"] = said["mean"] - away, said["mean"] + away
-        return said if prediction.novelty is None else said | {"novelty": prediction.novelty}
+        foreign = {name: getattr(prediction, name) for name in ("novelty", "familiarity")}
+        return said | {name: value for name, value in foreign.items() if value is not None}
 
 
 class Whole(Spread):

@@ -11,19 +11,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import artefact
-from .activations import Place, Recorder, pooled_width
+from .activations import Place, Recorder, both, chosen, pooled_width
 from .augmentation import Views, restored, seen
 from .batches import Inputs, as_tree, call, constant, plain
 from .export import export
+from .familiarity import Familiarity, Look
 from .head import Head, compare
 from .likelihoods import LIKELIHOODS
 from .linearize import Forward, Network, as_function, as_values, check_finite
 from .posterior import Posterior
 from .predictions import Gaussian, mixed
 from .settings import Settings
-from .student import Student, Translation
+from .student import Said, Student, Translation
 
-FORMAT = "lightning-ella-fast 1"
+FORMAT = "lightning-ella-fast 2"
+_FAMILIAR = "familiarity."  # what the names of its tensors begin with
 
 
 class FastPredictor(Head):
@@ -48,11 +50,13 @@ class FastPredictor(Head):
         origin: says which weights these are, in the error that refuses others.
         counted: names of parameters and buffers that a forward pass itself writes to.
         figures: how well it follows its teacher, on inputs that it was not taught on; see `ELLAPredictor.distil`.
+        familiarity: says how familiar an input looks, by what the student says of its novelty.
     """
 
     made_again = (*Head.made_again, "_recorder")
     student: Student
     translation: Translation
+    familiarity: Familiarity | None
 
     def __init__(
         self,
@@ -68,11 +72,13 @@ class FastPredictor(Head):
         origin: str = "",
         counted: Collection[str] = (),
         figures: Mapping[str, float] | None = None,
+        familiarity: Familiarity | None = None,
     ):
         super().__init__(model, forward, origin, counted)
         # Not registered, as the network is not: on its network, it would else enter the network's state_dict.
         object.__setattr__(self, "student", student.eval().requires_grad_(False))
         object.__setattr__(self, "translation", translation)
+        object.__setattr__(self, "familiarity", familiarity)
         self.places, self.output_shape, self.teacher = list(places), tuple(output_shape), teacher
         self.settings, self.figures = {"views": (), **settings}, dict(figures or {})
         self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
@@ -99,8 +105,11 @@ class FastPredictor(Head):
             return self.predict(looks)
 
     def predict(self, looks: Sequence[tuple[Tensor, Tensor]]) -> Any:
-        """The prediction for outputs (B, C) and pooled activations (B, A) of the network, at each view of B inputs."""
-        answers = [self.student(pooled, outputs) for outputs, pooled in looks]
+        """The prediction for outputs (B, C) and activations (B, ·) of the network, as it gives them for each view.
+
+        Activations are those of `all_places`, pooled.
+        """
+        answers = [self.say(pooled, outputs) for outputs, pooled in looks]
         parts: list[Gaussian] = [self.translation(*pair) for pair in zip((f for f, _ in looks), answers, strict=True)]
         temperature = self.translation.temperature.to(looks[0][0])
         prediction = self.likelihood.predict(mixed(parts), self.settings["predictive"], temperature)
@@ -108,7 +117,29 @@ class FastPredictor(Head):
         if self.student.has_outside:
             foreign = torch.stack([said.novelty.squeeze(1).sigmoid() for said in answers]).mean(0)
             prediction.novelty = foreign.to(temperature)
+        if self.familiarity is not None:
+            self.familiarity.tell(prediction, self.looks(looks, answers), self.likelihood)
         return prediction
+
+    def say(self, pooled: Tensor, outputs: Tensor) -> Said:
+        """What the student says of outputs (B, C) and activations (B, ·), those of `all_places`."""
+        return self.student(chosen(pooled, self.places, self.all_places), outputs)
+
+    def looks(self, looks: Sequence[tuple[Tensor, Tensor]], answers: Sequence[Said]) -> list[Look]:
+        """What `familiarity` is told."""
+        assert self.familiarity is not None
+        parts, places = zip(looks, answers, strict=True), self.familiarity.places
+        return [Look(f, chosen(a, places, self.all_places), _novelty(said)) for (f, a), said in parts]
+
+    @property
+    def all_places(self) -> list[Place]:
+        """Where the student looks, and where `familiarity` does."""
+        return both(self.places, [] if self.familiarity is None else self.familiarity.places)
+
+    @property
+    def familiar(self) -> dict[str, Any] | None:
+        """What a file says of `familiarity`."""
+        return None if self.familiarity is None else self.familiarity.described()
 
     def follow(self, posterior: Posterior) -> Self:
         """Take another posterior over the same directions, as after `ELLAPredictor.update`."""
@@ -130,13 +161,18 @@ class FastPredictor(Head):
     def tensors(self) -> dict[str, Tensor]:
         """Those of student and translation, by name."""
         parts = {"student": self.student, "translation": self.translation}
-        return {f"{part}.{name}": value for part, kept in parts.items() for name, value in kept.state_dict().items()}
+        found = {f"{part}.{name}": value for part, kept in parts.items() for name, value in kept.state_dict().items()}
+        familiar = {} if self.familiarity is None else self.familiarity.tensors()
+        return found | {f"{_FAMILIAR}{name}": value for name, value in familiar.items()}
 
     def take(self, tensors: Mapping[str, Tensor]) -> Self:
         """Have other values in student and translation, by the same names."""
         for part, kept in {"student": self.student, "translation": self.translation}.items():
-            prefix = f"{part}."
-            kept.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+            kept.load_state_dict(artefact.named(tensors, f"{part}."))
+        if self.familiar is not None:
+            object.__setattr__(
+                self, "familiarity", Familiarity.restored(self.familiar, artefact.named(tensors, _FAMILIAR))
+            )
         return self
 
     @classmethod
@@ -163,21 +199,23 @@ class FastPredictor(Head):
                 known = {name: json.loads(metadata[name]) for name in _DESCRIBED}
                 theirs = {name: str(known["fingerprint"][name]) for name in ("network", "weights")}
                 known["counted"] = [str(name) for name in known["counted"]]
-                known["places"] = [_place(*place) for place in known["places"]]
+                known["places"] = [Place.checked(*place) for place in known["places"]]
                 names = [str(name) for name in known["settings"].pop("views", ())]
                 known["settings"] = Settings(**known["settings"]).as_dict()
                 known["figures"] = {str(name): float(value) for name, value in known["figures"].items()}
                 sizes = _sizes(shapes, known["places"])
+                if known["familiar"] is not None:
+                    Familiarity.check(known["familiar"], artefact.named(shapes, _FAMILIAR))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a fast predictor ({error}): write it again.") from error
             compare(theirs, model, known["counted"], f"the student in {path}", str(known["origin"]))
             known["settings"]["views"] = restored(names, views)
+            made["fast"] = fast = cls._of_sizes(model, forward, known, sizes, artefact.named(shapes, _FAMILIAR))
             modules = {name for name, _ in model.named_modules()}
-            if missing := [place.module for place in known["places"] if place.module not in modules]:
+            if missing := [place.module for place in fast.all_places if place.module not in modules]:
                 raise ValueError(
                     f"the student in {path} looks at {missing[0]!r}, which the network has not: teach again."
                 )
-            made["fast"] = fast = cls._of_sizes(model, forward, known, sizes)
             kinds = {torch.float32: "F32", torch.float64: "F64"}
             if shapes != {name: (kinds[value.dtype], tuple(value.shape)) for name, value in fast.tensors().items()}:
                 raise ValueError(f"the tensors in {path} are not those of a student of this network: teach again.")
@@ -191,8 +229,11 @@ class FastPredictor(Head):
         return made["fast"].to(device).take(tensors)
 
     @classmethod
-    def _of_sizes(cls, model: nn.Module, forward: Forward, known: dict[str, Any], sizes: "_Sizes") -> Self:
+    def _of_sizes(
+        cls, model: nn.Module, forward: Forward, known: dict[str, Any], sizes: "_Sizes", familiar: artefact.Shapes
+    ) -> Self:
         """One whose numbers are not yet known."""
+        zeros = {name: torch.zeros(shape) for name, (_, shape) in familiar.items()}
         num_outputs, rank, samples, has_outside = sizes
         how = {"has_outside": has_outside, "invariant": LIKELIHOODS[known["settings"]["likelihood"]].invariant}
         return cls(
@@ -200,7 +241,8 @@ class FastPredictor(Head):
             student=Student(pooled_width(known["places"]), num_outputs, rank, **how),
             translation=Translation(torch.eye(rank), torch.zeros(samples, rank + num_outputs)),
             forward=forward,
-            **{name: known[name] for name in _DESCRIBED if name != "fingerprint"},
+            familiarity=Familiarity.restored(known["familiar"], zeros) if known["familiar"] else None,
+            **{name: known[name] for name in _DESCRIBED if name not in ("fingerprint", "familiar")},
         )
 
     def export(self, path: str | os.PathLike[str], example: Inputs) -> Path:
@@ -245,30 +287,35 @@ class FastPredictor(Head):
         network = Network(self.model, self.forward_function, names, cast=cast)
         network.settle(inputs)
         network.output_shape = self.output_shape
-        return Recorder(network, self.places)
+        return Recorder(network, self.all_places)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         moved = lambda tensor: tensor.to(fn(tensor).device)  # noqa: E731 - the student keeps its own types
         self.student._apply(moved)
         self.translation._apply(moved)
+        if self.familiarity is not None:
+            self.familiarity._apply(moved)
         return self
 
 
 # What a file says of a student, beside its tensors.
-_DESCRIBED = ("fingerprint", "counted", "places", "output_shape", "teacher", "settings", "origin", "figures")
+_DESCRIBED = (
+    "fingerprint",
+    "counted",
+    "places",
+    "output_shape",
+    "teacher",
+    "settings",
+    "origin",
+    "figures",
+    "familiar",
+)
 
 
-def _place(module: str, leaf: int, batch: int, channel: int, width: int, positions: bool) -> Place:
-    """A place as it is in a file.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    numbers = leaf, batch, channel, width
-    if not all(isinstance(number, int) and 0 <= number < 2**20 for number in numbers):
-        raise ValueError(f"no place: {module}, {numbers}")
-    return Place(str(module), *numbers, positions=bool(positions))
+def _novelty(said: Said) -> Tensor | None:
+    """(B,), in [0, 1]."""
+    return said.novelty.squeeze(1).sigmoid() if said.novelty.shape[1] else None
 
 
 _Sizes = tuple[int, int, int, bool]  # C, K, S and whether there are probes

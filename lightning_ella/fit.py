@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from .activations import pooled_width
 from .basis import nystrom_basis, sketch_numbers
 from .batches import Batch, Inputs, Picked, Unpack, call, inputs_and_targets, num_samples, rows, slices
 from .chunks import chunks
@@ -23,6 +24,8 @@ from .data import KEEP, LONGEST, Beginning, Points, beginning, draw, points_of, 
 from .distil import NUM_POINTS
 from .distributed import World
 from .engine import Linearization
+from .familiarity import NUM_POINTS as NUM_ACTIVATIONS
+from .familiarity import PARTS, Distance, Familiarity, Judge, activations, some_places
 from .head import fingerprint
 from .landmarks import LANDMARKS, Landmarks
 from .learning import gain, learn
@@ -145,7 +148,7 @@ def run(
             by_evidence = held_out is None and settings.prior_variance is None
             # Noise that is estimated comes from the points held out, and the curvature depends on it.
             seen = (train,) if likelihood.is_complete or held_out is None else (train, held_out)
-            later = {"residual", "predictive", "num_samples", "learn", "views", *SCALES}
+            later = {"residual", "predictive", "num_samples", "learn", "views", "num_apart", *SCALES}
             later |= {"num_calibration"} if likelihood.is_complete else set()
             before = {name: value for name, value in settings.as_dict().items() if name not in later}
             stages.open(_identity(weights, linearization, seen, by_evidence, before) if stages.path else "")
@@ -224,8 +227,11 @@ def run(
                 hessian, outside, spread_over, linearization.parameters.values()
             )
             unseen, posterior, figures = None, _given(hessian, likelihood, settings, prior), {}
+            familiarity = None
         else:
-            numbers = held_out.arranged(draw(_looks(settings), held_out.numbers, generator))
+            apart = _apart(held_out.numbers, settings)
+            left = held_out.numbers if not apart else sorted({*held_out.numbers} - {*apart})
+            numbers = held_out.arranged(draw(_looks(settings), left, generator))
             if (most := settings.num_calibration) is not None and len(numbers) > most:
                 looks = visit(held_out, numbers, "look at unseen points")
                 numbers = typical(linearization, likelihood, looks, numbers, most, generator, world)
@@ -233,12 +239,19 @@ def run(
             others = settings.temperature or 1.0
             if settings.top_outputs is not None and settings.temperature is None:
                 others = _temperature(linearization, visit(held_out, numbers, "temperature"), likelihood, world)
+            judge = _judge(linearization, train, partial(visit, train), likelihood, settings, world)
             with world.together("the calibration points"):
                 seeds = world.share(torch.randint(2**62, (count,), generator=generator).tolist())
                 points = visit(held_out, numbers, "calibration")
                 most, top = max(1, ROWS // max(1, count)), settings.top_outputs
                 how_seen = {"top": top, "most": most, "temperature": others, "views": settings.views}
-                unseen = _cached(linearization, points, basis, example, likelihood, seeds, **how_seen)
+                how_seen |= {"judge": judge, "rank": rank}
+                unseen = judged = _cached(linearization, points, basis, example, likelihood, seeds, **how_seen)
+            if judge is not None and apart:
+                with world.together("the points apart"):
+                    points, seeds = visit(held_out, held_out.arranged(apart), "familiarity"), [0] * len(apart)
+                    judged = _cached(linearization, points, basis, example, likelihood, seeds, **how_seen)
+            familiarity = None if judge is None else _familiarity(judge, judged, linearization.device, world)
             near = others if (settings.top_outputs or MOST) < example.shape[-1] - 1 else None  # where some are lost
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, near, world)
         likelihood, temperature = likelihood.settled(posterior.temperature)
@@ -257,6 +270,7 @@ def run(
                 curvature=hessian,
                 **{name: getattr(posterior, name) for name in SCALES},
                 mean=posterior.mean,
+                familiarity=familiarity,
                 forward=forward,
                 settings=settings.as_dict() | {"residual": probes, "curvature": how} | likelihood.stored(),
                 origin=origin,
@@ -557,8 +571,59 @@ def _cached(
         targets = likelihood.sample(none, torch.Generator())
         one = none, none.unsqueeze(2).expand(-1, -1, rank)
         others = (part.unsqueeze(1).expand(-1, views, *part.shape[1:]) for part in one) if views else (None, None)
-        return Observations(*one, targets, none.new_empty(0), torch.arange(0), *others)
+        foreign = None if how["judge"] is None else none.new_empty(0, len(PARTS))
+        return Observations(*one, targets, none.new_empty(0), torch.arange(0), *others)._replace(foreign=foreign)
     return joined(parts)
+
+
+def _apart(numbers: Sequence[int], settings: Settings) -> list[int]:
+    """Points that the scales are not chosen on, at random, if enough are left over."""
+    count = min(settings.num_apart, len(numbers) - (settings.num_calibration or len(numbers)))
+    generator = torch.Generator().manual_seed(settings.seed)
+    return draw(count, numbers, generator) if count >= FEWEST_APART else []
+
+
+FEWEST_APART = 20  # with fewer no input is in the most foreign twentieth
+
+
+def _judge(
+    linearization: Linearization,
+    train: Points,
+    visit: Callable[[Sequence[int], str], Iterable[Batch]],
+    likelihood: Likelihood,
+    settings: Settings,
+    world: World,
+) -> Judge | None:
+    """What says how foreign an input looks, with a distance that is learnt from training points.
+
+    None for networks with several rows of outputs an input.
+    """
+    if len(linearization.network.output_shape or ()) > 1:
+        return None
+    numbers = train.arranged(draw(NUM_ACTIVATIONS, train.numbers, torch.Generator().manual_seed(settings.seed)))
+    with world.together("the activations"):
+        few = max(train.at_once(train.numbers[:POINTS], linearization.device), key=lambda one: num_samples(one.inputs))
+        places = some_places(linearization, few.inputs)
+        batches = visit(numbers, "activations") if places else ()
+        parts = [pooled for batch in batches for pooled in activations(linearization, places, Batch(*batch).inputs)]
+        mine = torch.cat([torch.zeros(0, pooled_width(places)), *parts])
+    pooled = world.gather_rows(mine, len(numbers)) if places else None
+    with world.together("the distance"):
+        distance = None if pooled is None else Distance.of(pooled)
+    distance = world.object_from_first(distance)
+    if distance is not None:
+        distance = distance.to(linearization.device)
+    return Judge(places, distance, likelihood, (None, *settings.views))
+
+
+def _familiarity(judge: Judge, judged: Observations, device: torch.device, world: World) -> Familiarity | None:
+    """Ranks among unseen points."""
+    assert judged.foreign is not None
+    scores = world.gather_rows(judged.foreign)
+    with world.together("familiarity"):
+        found = None if scores is None else Familiarity.calibrated(judge.places, judge.distance, scores)
+    found = world.object_from_first(None if found is None else found.cpu())
+    return None if found is None else found.to(device)
 
 
 def _calibrated(

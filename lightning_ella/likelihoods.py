@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, one_hot, pad
+from torch.nn.functional import logsigmoid, one_hot, pad, softplus
 from torchmetrics import MetricCollection
 
 from .metrics import classification_metrics, label_metrics, regression_metrics
@@ -127,6 +127,10 @@ class Likelihood(ABC):
     def sees_samples_only(self, predictive: str) -> bool:
         """Whether `nll` depends on the Gaussian by its samples alone, and not by its variance."""
         return False
+
+    def energy(self, outputs: Tensor) -> Tensor | None:
+        """How little the network's outputs (B, C) say, (B,), higher for what is foreign; None if they do not tell."""
+        return None
 
     def summary(self, prediction: Any, targets: Tensor) -> Tensor:
         """What `metrics` are updated with, (n, …): scores of each point, the mean of which is a figure."""
@@ -258,6 +262,10 @@ class Classification(Likelihood):
         """By Monte Carlo."""
         return predictive == "mc"
 
+    def energy(self, outputs: Tensor) -> Tensor | None:
+        """−log Σ exp(f) (Liu et al. 2020)."""
+        return -outputs.logsumexp(-1)
+
     def summary(self, prediction: ClassPrediction, targets: Tensor) -> Tensor:
         """Class probabilities, (n, C)."""
         return prediction.rows_of(prediction.probs)
@@ -276,6 +284,10 @@ class Preference(Classification):
 
     Outputs are the scores (B, C) of the items that were shown together, targets the index of the one that was chosen.
     """
+
+    def energy(self, outputs: Tensor) -> Tensor | None:
+        """Scores are compared among each other: how high they are says nothing."""
+        return None
 
 
 class Ordinal(Classification):
@@ -335,6 +347,10 @@ class Ordinal(Classification):
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """By autograd."""
         return Likelihood.score(self, outputs, targets)
+
+    def energy(self, outputs: Tensor) -> Tensor | None:
+        """A cumulative logit that is high or low says where, and not how surely."""
+        return None
 
     def predict(self, logits: Outputs, predictive: str, temperature: Tensor) -> ClassPrediction:
         """Class probabilities by Monte Carlo."""
@@ -399,6 +415,10 @@ class MultiLabel(Likelihood):
         there, absent = (probs.clamp_min(torch.finfo(probs.dtype).tiny).log() for probs in prediction.both)
         return -(targets * there + (1 - targets) * absent).sum(-1).to(prediction.logits.mean)
 
+    def energy(self, outputs: Tensor) -> Tensor | None:
+        """−Σ log(1 + exp(f)) (Wang et al. 2021): low where some label is surely there."""
+        return -softplus(outputs).sum(-1)
+
     def summary(self, prediction: LabelPrediction, targets: Tensor) -> Tensor:
         """Probability of each label, (n, C), float64: 1 − p is asked for, too."""
         return prediction.both[0]
@@ -428,6 +448,10 @@ class Binary(MultiLabel):
                 )
             )
         return super().check(outputs, targets)
+
+    def energy(self, outputs: Tensor) -> Tensor | None:
+        """−log(exp(f / 2) + exp(−f / 2)): of two classes of which none is the one to be found."""
+        return -torch.logaddexp(outputs / 2, -outputs / 2).sum(-1)
 
 
 class Poisson(Likelihood):

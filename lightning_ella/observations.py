@@ -10,6 +10,7 @@ from .augmentation import OneView, seen
 from .batches import rows
 from .data import Batch
 from .engine import Linearization
+from .familiarity import Judge
 from .likelihoods import Likelihood
 from .linearize import Basis
 from .predictions import Gaussian, Outputs, mixed
@@ -28,6 +29,7 @@ class Observations(NamedTuple):
     samples: Tensor | None = None  # (n,), which sample each is a position of; or each row is one
     view_logits: Tensor | None = None  # (n, V, C), of other views of the same samples
     view_features: Tensor | None = None  # (n, V, C, K)
+    foreign: Tensor | None = None  # (n, J), how foreign each sample looks, by each of J scores
 
     def rows(self, which: Tensor | slice) -> "Observations":
         """Some of them."""
@@ -99,6 +101,8 @@ def observations(
     seeds: Sequence[int] = (),
     temperature: float = 1.0,
     views: Sequence[OneView] = (),
+    judge: Judge | None = None,
+    rank: int = 0,
 ) -> Iterator[Observations]:
     """Run the network over a batch: its rows, of so many samples at a time as the memory budget allows.
 
@@ -112,6 +116,8 @@ def observations(
         seeds: of the choice, one for each sample.
         temperature: at which the outputs that `top` does not keep are put together.
         views: through which the inputs are looked at as well.
+        judge: says how foreign samples look, where each has one row.
+        rank: K, of the K + m columns of the basis, which it asks for.
     """
     inputs, targets, weights = batch
     for part in linearization.affordable(inputs, (1 + len(views)) * len(next(iter(basis.values())))):
@@ -128,6 +134,9 @@ def observations(
         if views:  # of one row of outputs a sample
             others = (torch.stack(each, 1)[found.samples] for each in list(zip(*looks[1:], strict=True))[:2])
             found = found._replace(**dict(zip(("view_logits", "view_features"), others, strict=True)))
+        if judge is not None:
+            foreign = judge(linearization, rows(inputs, part), [along for _, along, _ in looks], rank)
+            found = found._replace(foreign=foreign[found.samples])
         yield found
 
 

@@ -328,8 +328,11 @@ class Prediction:
     predictive: str
     temperature: Tensor  # ()
     likelihood: "Likelihood | None" = None
-    novelty: Tensor | None = None  # (B,)
+    novelty: Tensor | None = None  # (B,), the share of the kernel that the directions do not reach
     axis: int | None = -1  # of the network's outputs, where C is; None if they have no such axis
+    familiarity: Tensor | None = None  # (B,), the share of familiar inputs that look at least as foreign
+    distance: Tensor | None = None  # (B,), of the activations from those of training points
+    energy: Tensor | None = None  # (B,), of the outputs; low where they are sure
 
     @property
     def logits_mean(self) -> Tensor:

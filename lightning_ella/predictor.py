@@ -28,6 +28,7 @@ from .distil import MOST_TUNED, NUM_POINTS, distil
 from .distributed import World
 from .engine import Linearization
 from .evidence import Evidence, measure
+from .familiarity import Familiarity, look_at
 from .fast import FastPredictor
 from .head import Head, compare
 from .learning import Learnt, figures_of, learn
@@ -72,6 +73,7 @@ class ELLAPredictor(Head):
         quiet: whether how features are computed has been said.
         mean: m, (K,), of the coordinates along the basis, where the fit itself moved it; None is zero.
         learnt: what was learnt from labelled points after the fit (`update`); None is nothing.
+        familiarity: says how familiar an input looks; None where there were no unseen points.
 
     It may be asked by several threads at once, while others call, move or train the network: what it evaluates is a
     view of its own, and one thread is answered after the other.
@@ -80,6 +82,7 @@ class ELLAPredictor(Head):
     made_again = (*Head.made_again, "_linearization", "_view", "_students")
     draws: Tensor
     fast: FastPredictor | None  # the student that was taught last
+    familiarity: Familiarity | None
 
     def __init__(
         self,
@@ -100,6 +103,7 @@ class ELLAPredictor(Head):
         quiet: bool = False,
         mean: Tensor | None = None,
         learnt: Learnt | None = None,
+        familiarity: Familiarity | None = None,
     ):
         super().__init__(model, forward, origin, counted)
         self.eigenvalues, self.curvature = eigenvalues, curvature
@@ -114,6 +118,7 @@ class ELLAPredictor(Head):
         self.likelihood = LIKELIHOODS[settings["likelihood"]].from_settings(self.settings)
         draws = spread_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
         self.draws = draws.to(curvature.device)
+        object.__setattr__(self, "familiarity", familiarity)  # not registered: it keeps its own types
         self._quiet = quiet
         self._view: tuple[Forward, Linearization] | None = None
         self._students: weakref.WeakSet[FastPredictor] = weakref.WeakSet()
@@ -157,6 +162,13 @@ class ELLAPredictor(Head):
             if features.shape[-1] > self.rank:
                 foreign = [novelty(along, self.rank, centred=self.likelihood.invariant) for _, along, _ in looks]
                 prediction.novelty = torch.stack(foreign).mean(0)
+            if self.familiarity is not None:
+                linearization = self._here()
+                own = self._own_inputs(inputs, linearization)
+                features = [along for _, along, _ in looks]
+                how = self.all_views, features, self.rank, self.likelihood
+                seen_so = look_at(linearization, self.familiarity.places, own, *how)
+                self.familiarity.tell(prediction, seen_so, self.likelihood)
             return prediction, kept
 
     def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -404,6 +416,9 @@ class ELLAPredictor(Head):
         }
         tensors = {name: getattr(self, name) for name in _PARTS}
         tensors |= {f"basis.{name}": tangents for name, tangents in self.basis.items()}
+        if self.familiarity is not None:
+            tensors |= {f"{_FAMILIAR}{name}": value for name, value in self.familiarity.tensors().items()}
+            metadata["familiarity"] = json.dumps(self.familiarity.described())
         if self.learnt is not None:
             tensors |= {f"{_LEARNT}{name}": value for name, value in self.learnt.tensors().items()}
             metadata["learnt"] = json.dumps(self.learnt.described())
@@ -428,6 +443,7 @@ class ELLAPredictor(Head):
         """
         described: dict[str, Any] = {}
         learnt: dict[str, Any] = {}
+        familiar: dict[str, Any] = {}
 
         def accept(metadata: dict[str, str], shapes: artefact.Shapes) -> None:
             try:
@@ -441,11 +457,15 @@ class ELLAPredictor(Head):
                 if any(name.startswith(_LEARNT) for name in shapes):
                     told = json.loads(metadata["learnt"])
                     learnt.update({name: told[name] for name in Learnt.DESCRIBED})
+                if any(name.startswith(_FAMILIAR) for name in shapes):
+                    familiar.update(json.loads(metadata["familiarity"]))
+                    Familiarity.check(familiar, artefact.named(shapes, _FAMILIAR))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
             compare(theirs, model, counted, f"the posterior in {path}", origin)
             settings["views"] = restored(names, views)
-            _check_shapes(shapes, model, settings, path)
+            rest = {name: shape for name, shape in shapes.items() if not name.startswith(_FAMILIAR)}
+            _check_shapes(rest, model, settings, path)
             described.update(settings=settings, origin=origin, counted=counted, batched=batched)
 
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -455,10 +475,11 @@ class ELLAPredictor(Head):
         parts = {name: tensors.pop(name) for name in _PARTS}
         if min(parts[name] for name in SCALES) <= 0:
             raise ValueError(f"{path} has a variance that is not positive: fit again.")
-        afterwards = {n.removeprefix(_LEARNT): tensors.pop(n) for n in list(tensors) if n.startswith(_LEARNT)}
-        if afterwards:
+        if afterwards := artefact.named(tensors, _LEARNT):
             described["learnt"] = Learnt.of(afterwards, **learnt)
-        basis = {name.removeprefix("basis."): tangents for name, tangents in tensors.items()}
+        if familiar:
+            described["familiarity"] = Familiarity.restored(familiar, artefact.named(tensors, _FAMILIAR))
+        basis = artefact.named(tensors, "basis.")
         return cls(model, basis=basis, forward=forward, **described, **parts)  # type: ignore[arg-type]
 
     def _look(
@@ -471,13 +492,13 @@ class ELLAPredictor(Head):
         with self._lock, as_function():
             linearization = self._here() if forward is None else self._through(forward)
             top = self.settings["top_outputs"] if forward is None else None
-            own = seen(tree_map(constant, plain(as_tree(inputs), self.device)), view)
-            own = self._told_apart(own, linearization)
+            own = self._own_inputs(inputs, linearization, view)
             temperature = 1.0 if top is None else float(self.temperature)
             return linearization.look(own, self._tangents, top, targets, temperature)
 
-    def _told_apart(self, inputs: Inputs, linearization: Linearization) -> Inputs:
-        """Inputs whose samples can be told apart: those of a batched graph by the network's outputs."""
+    def _own_inputs(self, inputs: Inputs, linearization: Linearization, view: OneView | None = None) -> Inputs:
+        """Inputs whose samples can be told apart, seen through a view: those of a batched graph by the outputs."""
+        inputs = seen(tree_map(constant, plain(as_tree(inputs), self.device)), view)
         lengths = {len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim}
         if isinstance(inputs, Picked) or (len(lengths) == 1 and not self.batched):
             return inputs
@@ -652,9 +673,11 @@ class ELLAPredictor(Head):
         for name in (*_PARTS, "draws"):
             setattr(self, name, fn(getattr(self, name)))
         self.learnt = None if self.learnt is None else self.learnt.to(fn)
+        if self.familiarity is not None:
+            self.familiarity._apply(lambda tensor: tensor.to(fn(tensor).device))
 
 
-_LEARNT = "learnt."  # what the names of its tensors begin with in a file
+_LEARNT, _FAMILIAR = "learnt.", "familiarity."  # what the names of their tensors begin with in a file
 _PARTS = ("eigenvalues", "curvature", "mean", *SCALES)
 
 

@@ -42,6 +42,8 @@ class Settings:
         num_curvature: n, training points that the curvature is estimated from; None takes all.
         num_calibration: unseen points that the scales are chosen on, at most: such that the network's losses there are
             like those on five times as many, or 5,000; None takes all.
+        num_apart: unseen points, of those that are left over then, that familiarity is calibrated on; where none are
+            left, it is on those that the scales are chosen on, which it does not depend on.
         prior_variance: σ₀²; None chooses it on unseen points.
         covariance_scale: multiplier of the posterior covariance; None chooses it on unseen points.
         residual: the variance outside the span of the K directions, from random probes: "auto" takes as many as are
@@ -80,6 +82,7 @@ class Settings:
     curvature: str = "auto"
     num_curvature: int | None = 1000
     num_calibration: int | None = 1000
+    num_apart: int = 250
     prior_variance: float | None = None
     covariance_scale: float | None = None
     residual: str | int = "auto"
@@ -134,6 +137,8 @@ class Settings:
         ):
             if getattr(self, name) is not None:
                 at_least_one(name, getattr(self, name))
+        if not isinstance(self.num_apart, int) or self.num_apart < 0:
+            raise ValueError(f"num_apart={self.num_apart!r} must be a whole number of at least 0.")
         if self.num_samples > MAX_DRAWS:
             raise ValueError(f"num_samples={self.num_samples} is more than {MAX_DRAWS}: 256 are usually enough.")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:

@@ -149,12 +149,13 @@ def fitted(world: World, problem: Problem) -> dict[str, Any]:
         "eigenvalues": fit.predictor.eigenvalues,
         "probs": out.probs,
         "covariance": out.logits_covariance,
+        "foreign": torch.stack([out.novelty, out.distance, out.energy, out.familiarity]),
     }
     return {"figures": figures, "visited": visited} | {name: value.tolist() for name, value in tensors.items()}
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
-    for name in ("curvature", "eigenvalues", "probs", "covariance"):
+    for name in ("curvature", "eigenvalues", "probs", "covariance", *(["foreign"] if "foreign" in expected else [])):
         one, other = torch.tensor(found[name]).double(), torch.tensor(expected[name]).double()
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
     assert found["figures"] == pytest.approx(expected["figures"], rel=max(tolerance, 1e-6))  # metrics are in float32

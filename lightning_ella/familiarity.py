@@ -1,0 +1,280 @@
+"""How familiar an input looks: a conformal p-value of what the kernel, the activations and the outputs say of it.
+
+Each of them sees another kind of foreign input. Novelty is the kernel's word (`residual.py`), the distance that of the
+pooled activations, and the energy that of the outputs. Their ranks among unseen points are combined by Fisher's rule,
+and the rank of that sum is the answer: full conformal prediction (Vovk, Gammerman and Shafer 2005), which is exact for
+any number of points, however the scores depend on each other. Ranks do not tell far from very far: what is farther away
+than any training point gets an addition for that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from . import artefact
+from .activations import Place, find_places, pooled_width, record
+from .augmentation import OneView, seen
+from .batches import Inputs, Picked, num_samples, rows
+from .engine import Linearization
+from .likelihoods import Likelihood
+from .predictions import Prediction
+from .residual import novelty
+
+PARTS = ("novelty", "distance", "energy")
+NUM_POINTS = 1000  # training points that the distance is learnt from
+MOST = 1000  # unseen points that calibrate
+DIRECTIONS = 100  # of the activations' covariance; the others share one variance
+LOOKS = 4  # at some points, when the places are chosen
+FLOOR = 0.01  # of the mean standard deviation, that every activation counts as at least
+TINY = 1e-6  # of the largest variance, that every direction has at least
+FAR = 3.0  # for each e-fold that an input is farther away than all training points, beside logarithms of ranks
+ROUNDING = 1e-5  # of a sum of logarithms
+
+
+class Look(NamedTuple):
+    """What is known of B inputs, through one view."""
+
+    outputs: Tensor  # (B, D)
+    pooled: Tensor  # (B, A)
+    novelty: Tensor | None  # (B,)
+
+
+class Distance(nn.Module):
+    """Mahalanobis' distance from the training points' pooled activations, squared, as a share of their number.
+
+    It is that of Lee et al. (2018), of one class. The covariance is that of probabilistic principal components (Tipping
+    and Bishop 1999): DIRECTIONS of it are as they were found, and all others have one variance.
+
+    Args:
+        width: A, of the pooled activations.
+        rank: q, directions.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    directions: Tensor
+    variances: Tensor
+    rest: Tensor
+    farthest: Tensor
+
+    def __init__(self, width: int, rank: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.register_buffer("directions", torch.zeros(width, rank))
+        self.register_buffer("variances", torch.ones(rank))
+        self.register_buffer("rest", torch.ones(()))
+        self.register_buffer("farthest", torch.ones(()))  # of the training points
+
+    @classmethod
+    def of(cls, pooled: Tensor) -> Self | None:
+        """Learn from activations (n, A); None where there are too few of them, or none vary."""
+        pooled = pooled[pooled.isfinite().all(1)].double()
+        if len(pooled) < 2 or not (deviation := pooled.std(0)).sum() > 0:
+            return None
+        deviation = deviation.clamp_min(FLOOR * deviation.mean())
+        values = (pooled - pooled.mean(0)) / deviation
+        _, singular, directions = torch.linalg.svd(values, full_matrices=False)
+        variances = singular.square() / len(values)
+        rank = max(1, min(DIRECTIONS, len(values) // 2, values.shape[1] - 1))
+        others, floor = values.shape[1] - rank, TINY * variances[0]
+        made = cls(values.shape[1], rank)
+        parts = {"mean": pooled.mean(0), "scale": 1 / deviation, "directions": directions[:rank].T}
+        parts |= {"variances": variances[:rank].clamp_min(floor)}
+        parts |= {"rest": (variances[rank:].sum() / max(1, others)).clamp_min(floor)}
+        parts |= {"farthest": made.farthest}
+        made.load_state_dict({name: part.float().contiguous() for name, part in parts.items()})
+        made.farthest = made(pooled).amax()
+        return made
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Of activations (B, A), (B,): 1 is as far as training points are on average."""
+        values = (pooled.to(self.mean) - self.mean) * self.scale
+        inside = (values @ self.directions).square()  # (B, q)
+        outside = (values.square().sum(1) - inside.sum(1)).clamp_min(0)
+        return ((inside / self.variances).sum(1) + outside / self.rest) / values.shape[1]
+
+    def beyond(self, distance: Tensor) -> Tensor:
+        """How many e-folds distances are larger than those of all training points; 0 if they are not."""
+        return (distance / self.farthest).log().clamp_min(0)
+
+
+class Familiarity(nn.Module):
+    """Parts of what makes an input look foreign, and their ranks among unseen points.
+
+    Args:
+        places: where the activations are, in the order of the network's.
+        distance: from those of the training points, if there are any.
+        parts: names of the scores that there are, some of `PARTS`, in this order.
+        scores: (n, J), those of n unseen points, higher for what is more foreign.
+    """
+
+    scores: Tensor
+    without: Tensor
+    steps: Tensor
+
+    def __init__(self, places: Sequence[Place], distance: Distance | None, parts: Sequence[str], scores: Tensor):
+        super().__init__()
+        self.places, self.parts = [Place(*place) for place in places], tuple(parts)
+        self.distance = distance
+        self.register_buffer("scores", scores.float())
+        n = len(scores)
+        above = (self.scores.unsqueeze(1) >= self.scores).sum(0)  # (n, J): how many are as foreign, each itself, too
+        before, after = (above / (n + 1)).log(), ((above + 1) / (n + 1)).log()
+        # Fisher's sum of each (n,), if a new point is less foreign, with what is added for being far away.
+        self.register_buffer("without", self._far(self.scores) - before.sum(1))
+        self.register_buffer("steps", before - after)  # (n, J), what it changes by where the new one is as foreign
+
+    @classmethod
+    def calibrated(cls, places: Sequence[Place], distance: Distance | None, scores: Tensor) -> Self | None:
+        """With ranks among n points of scores (n, 3), those of `PARTS`; None if there is none to go by."""
+        there = scores.isfinite().any(0)
+        parts = [name for name, is_there in zip(PARTS, there.tolist(), strict=True) if is_there]
+        places, distance = (places, distance) if "distance" in parts else ([], None)
+        known = _some(scores[:, there])
+        return cls(places, distance, parts, known) if known.numel() else None
+
+    def among(self, scores: Tensor) -> Self:
+        """The same parts, with ranks among other points, of scores (n, J); as it is if there are none."""
+        known = _some(scores)
+        return type(self)(self.places, self.distance, self.parts, known) if len(known) else self
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """The share of familiar points that look at least as foreign, (B,) in (0, 1]; NaN where a score (B, J) is."""
+        n = len(self.scores)
+        given = scores.to(self.scores)
+        each = given.unsqueeze(1) >= self.scores  # (B, n, J)
+        above = (self.scores >= given.unsqueeze(1)).sum(1)  # (B, J)
+        new = (self._far(given) - ((above + 1) / (n + 1)).log().sum(1)).unsqueeze(1)
+        others = self.without + (each * self.steps).sum(2)  # (B, n)
+        p = ((others >= new - ROUNDING).sum(1) + 1) / (n + 1)
+        return torch.where(given.isnan().any(1), torch.nan, p)
+
+    def _far(self, scores: Tensor) -> Tensor | float:
+        """What is added to sums of logarithms for being far away, of scores (n, J)."""
+        if self.distance is None:
+            return 0.0
+        return FAR * self.distance.beyond(scores[:, self.parts.index("distance")])
+
+    def tell(self, prediction: Prediction, looks: Sequence[Look], likelihood: Likelihood) -> None:
+        """Have a prediction say how familiar its inputs look, from V looks at them."""
+        known = scores(looks, self.distance, likelihood)
+        for name, score in known.items():
+            setattr(prediction, name, score)
+        prediction.familiarity = self(torch.stack([known[name] for name in self.parts], 1))
+
+    def described(self) -> dict[str, Any]:
+        """What a file says of it, beside its tensors."""
+        return {"places": self.places, "parts": self.parts}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that make it again, by name."""
+        found = {} if self.distance is None else {f"distance.{n}": v for n, v in self.distance.state_dict().items()}
+        return found | {"scores": self.scores}
+
+    @staticmethod
+    def check(described: Mapping[str, Any], found: artefact.Shapes) -> None:
+        """Raise an error unless tensors of a file are of the types and shapes of one that is described so.
+
+        Raises:
+            KeyError, TypeError, ValueError: if they are not.
+        """
+        parts, width = described["parts"], pooled_width([Place.checked(*place) for place in described["places"]])
+        sizes: dict[str, tuple[int, ...]] = {"scores": (found["scores"][1][0], len(parts))}
+        if "distance" in parts:
+            rank = found["distance.directions"][1][1]
+            sizes |= {"distance.mean": (width,), "distance.scale": (width,), "distance.directions": (width, rank)}
+            sizes |= {"distance.variances": (rank,), "distance.rest": (), "distance.farthest": ()}
+        ordered = [name for name in PARTS if name in parts] == list(parts)
+        if not (
+            parts and ordered and sizes["scores"][0] and found == {name: ("F32", size) for name, size in sizes.items()}
+        ):
+            raise ValueError(f"no tensors of a familiarity of {parts}: {found}")
+
+    @classmethod
+    def restored(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Make it again, from tensors of these shapes."""
+        places = [Place.checked(*place) for place in described["places"]]
+        kept = {n.removeprefix("distance."): v for n, v in tensors.items() if n.startswith("distance.")}
+        distance = Distance(pooled_width(places), kept["directions"].shape[1]) if kept else None
+        if distance is not None:
+            distance.load_state_dict(kept)
+            distance = distance.to(tensors["scores"].device)
+        return cls(places, distance, described["parts"], tensors["scores"])
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Says how foreign inputs look, before anything says how foreign that is.
+
+    Attributes:
+        places: where the activations are.
+        distance: from those of the training points, if there are any.
+        likelihood: what the outputs mean.
+        views: through which the inputs are looked at.
+    """
+
+    places: Sequence[Place]
+    distance: Distance | None
+    likelihood: Likelihood
+    views: Sequence[OneView | None]
+
+    def __call__(self, linearization: Linearization, inputs: Inputs, features: Sequence[Tensor], rank: int) -> Tensor:
+        """Scores (B, 3) in the order of `PARTS`, NaN for one that there is not, from features of each view."""
+        looks = look_at(linearization, self.places, inputs, self.views, features, rank, self.likelihood)
+        known = scores(looks, self.distance, self.likelihood)
+        missing = features[0].new_full((len(features[0]),), torch.nan)
+        return torch.stack([known.get(name, missing) for name in PARTS], 1)
+
+
+def _some(scores: Tensor) -> Tensor:
+    """As many as are needed of those that are known, at random."""
+    scores = scores[scores.isfinite().all(1)]
+    chosen = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0))[:MOST]
+    return scores[chosen.to(scores.device)]
+
+
+def scores(looks: Sequence[Look], distance: Distance | None, likelihood: Likelihood) -> dict[str, Tensor]:
+    """How foreign B inputs look, (B,) each by name, on average over the views."""
+    found: dict[str, list[Tensor]] = {name: [] for name in PARTS}
+    for look in looks:
+        found["novelty"] += [] if look.novelty is None else [look.novelty]
+        found["distance"] += [] if distance is None else [distance(look.pooled)]
+        energy = likelihood.energy(look.outputs)
+        found["energy"] += [] if energy is None else [energy]
+    return {name: torch.stack(each).mean(0) for name, each in found.items() if each}
+
+
+def some_places(linearization: Linearization, inputs: Inputs) -> list[Place]:
+    """Where the activations are; none where samples cannot be told apart."""
+    few = rows(inputs, linearization.recordable(inputs, LOOKS)[0])
+    return [] if isinstance(few, Picked) or num_samples(few) < 2 else find_places(linearization.network, few)
+
+
+def activations(linearization: Linearization, places: Sequence[Place], inputs: Inputs) -> list[Tensor]:
+    """Pooled, (b, A) each, of as many inputs at a time as the memory budget allows, on the CPU."""
+    parts = linearization.recordable(inputs)
+    return [record(linearization.network, places, rows(inputs, part))[1].float().cpu() for part in parts]
+
+
+def look_at(
+    linearization: Linearization,
+    places: Sequence[Place],
+    inputs: Inputs,
+    views: Sequence[OneView | None],
+    features: Sequence[Tensor],
+    rank: int,
+    likelihood: Likelihood,
+) -> list[Look]:
+    """Look at inputs through V views, whose features (B, *, C, K + m) the exact engine gave already."""
+    looks = []
+    for view, along in zip(views, features, strict=True):
+        own, network = seen(inputs, view), linearization.network
+        parts = [record(network, places, rows(own, part)) for part in linearization.recordable(own)]
+        outputs, pooled = (torch.cat(part) for part in zip(*parts, strict=True))
+        told = novelty(along, rank, centred=likelihood.invariant) if along.shape[-1] > rank else None
+        looks.append(Look(outputs, pooled, told))
+    return looks
