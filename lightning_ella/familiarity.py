@@ -25,11 +25,11 @@ from .residual import novelty
 
 PARTS = ("novelty", "distance", "energy")
 NUM_POINTS = 1000  # training points that the distance is learnt from
-MOST = 1000  # unseen points that calibrate
+MOST = 500  # unseen points that calibrate
 DIRECTIONS = 100  # of the activations' covariance; the others share one variance
 LOOKS = 4  # at some points, when the places are chosen
 FLOOR = 0.01  # of the mean standard deviation, that every activation counts as at least
-TINY = 1e-6  # of the largest variance, that every direction has at least
+TINY = 1e-4  # of the largest variance, that every direction has at least
 FAR = 3.0  # for each e-fold that an input is farther away than all training points, beside logarithms of ranks
 ROUNDING = 1e-5  # of a sum of logarithms
 
@@ -144,13 +144,13 @@ class Familiarity(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         """The share of familiar points that look at least as foreign, (B,) in (0, 1]; NaN where a score (B, J) is."""
-        n = len(self.scores)
-        given = scores.to(self.scores)
-        each = given.unsqueeze(1) >= self.scores  # (B, n, J)
-        above = (self.scores >= given.unsqueeze(1)).sum(1)  # (B, J)
-        new = (self._far(given) - ((above + 1) / (n + 1)).log().sum(1)).unsqueeze(1)
-        others = self.without + (each * self.steps).sum(2)  # (B, n)
-        p = ((others >= new - ROUNDING).sum(1) + 1) / (n + 1)
+        given, n = scores.to(self.scores), len(self.scores)
+        new, others = self._far(given), self.without
+        for part, known, step in zip(given.unbind(1), self.scores.unbind(1), self.steps.unbind(1), strict=True):
+            part = part.unsqueeze(1)
+            others = torch.addcmul(others, part >= known, step)  # (B, n)
+            new = new - ((1 + (part <= known).sum(1)) / (n + 1)).log()
+        p = (1 + (others >= new.unsqueeze(1) - ROUNDING).sum(1)) / (n + 1)
         return torch.where(given.isnan().any(1), torch.nan, p)
 
     def _far(self, scores: Tensor) -> Tensor | float:
@@ -189,9 +189,8 @@ class Familiarity(nn.Module):
             sizes |= {"distance.mean": (width,), "distance.scale": (width,), "distance.directions": (width, rank)}
             sizes |= {"distance.variances": (rank,), "distance.rest": (), "distance.farthest": ()}
         ordered = [name for name in PARTS if name in parts] == list(parts)
-        if not (
-            parts and ordered and sizes["scores"][0] and found == {name: ("F32", size) for name, size in sizes.items()}
-        ):
+        expected = {name: ("F32", size) for name, size in sizes.items()}
+        if not (parts and ordered and sizes["scores"][0] and found == expected):
             raise ValueError(f"no tensors of a familiarity of {parts}: {found}")
 
     @classmethod
@@ -245,7 +244,8 @@ def scores(looks: Sequence[Look], distance: Distance | None, likelihood: Likelih
         found["distance"] += [] if distance is None else [distance(look.pooled)]
         energy = likelihood.energy(look.outputs)
         found["energy"] += [] if energy is None else [energy]
-    return {name: torch.stack(each).mean(0) for name, each in found.items() if each}
+    one = len(looks) == 1
+    return {name: each[0] if one else torch.stack(each).mean(0) for name, each in found.items() if each}
 
 
 def some_places(linearization: Linearization, inputs: Inputs) -> list[Place]:

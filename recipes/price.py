@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import hydra
 import torch
 from adapt import posterior_options
-from compare import Sets, evaluation_sets, first, network
+from compare import SEVERITIES, Sets, evaluation_sets, first, network
 from data import Images, some
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -69,16 +69,16 @@ def network_alone(model: nn.Module) -> Callable[[Tensor], Answer]:
     return answering(lambda images: model(images).softmax(-1))
 
 
-def with_novelty(predictor: Any) -> Callable[[Tensor], Answer]:
-    """A prediction's probabilities of all classes, and novelty."""
+def with_familiarity(predictor: Any) -> Callable[[Tensor], Answer]:
+    """A prediction's probabilities of all classes, and how unfamiliar the images look."""
 
     def ask(images: Tensor) -> Answer:
         out = predictor(images)
         if out.indices is None:
-            return out.probs, out.novelty
+            return out.probs, -out.familiarity
         others = predictor.model(images) / predictor.temperature.float()  # among themselves, as the network has them
         others = others.scatter(-1, out.indices, -torch.inf).softmax(-1) * out.probs[:, -1:]
-        return others.scatter(-1, out.indices, out.probs[:, :-1]), out.novelty
+        return others.scatter(-1, out.indices, out.probs[:, :-1]), -out.familiarity
 
     return ask
 
@@ -89,8 +89,8 @@ def by_onnxruntime(fast: FastPredictor, path: Path, example: Tensor) -> Callable
     name = session.get_inputs()[0].name
 
     def ask(images: Tensor) -> Answer:
-        probs, novelty = session.run(["probs", "novelty"], {name: images.cpu().numpy()})
-        return torch.from_numpy(probs), torch.from_numpy(novelty)
+        probs, familiarity = session.run(["probs", "familiarity"], {name: images.cpu().numpy()})
+        return torch.from_numpy(probs), -torch.from_numpy(familiarity)
 
     return ask
 
@@ -126,18 +126,18 @@ def rungs(config: DictConfig, model: nn.Module, data: Images, folder: Path) -> d
         if name == "exact":
             fast = predictor.distil(held_out)
             seconds_taught = fast.figures["seconds"] + seconds
-            found["student"] = Rung(with_novelty(fast), seconds_taught)
+            found["student"] = Rung(with_familiarity(fast), seconds_taught)
             if onnxruntime is not None:
                 example = first(data.holdout, 2, config.seed)[0].to(config.device)
                 found["student, by onnxruntime"] = Rung(
                     by_onnxruntime(fast, folder / "student.onnx", example), seconds_taught
                 )
-        found[name] = Rung(with_novelty(predictor), seconds)
+        found[name] = Rung(with_familiarity(predictor), seconds)
     for some_views in views:
         started = time.perf_counter()
         predictor = fit_ella(model, data.ella_train_dataloader(), held_out, **options, views=some_views)
         fast = predictor.distil(held_out)
-        found[f"student, {1 + len(some_views)} views"] = Rung(with_novelty(fast), time.perf_counter() - started)
+        found[f"student, {1 + len(some_views)} views"] = Rung(with_familiarity(fast), time.perf_counter() - started)
     return found
 
 
@@ -156,7 +156,10 @@ def timed(ask: Callable[[Tensor], Any], images: Tensor) -> float:
 
 
 def worth(rung: Rung, sets: Sets, bar: tqdm) -> dict[str, float]:
-    """NLL and ECE of test images and of corrupted ones, and the AUROC against each foreign set."""
+    """NLL and ECE of test images and of corrupted ones, and the AUROC of test images against each set of others.
+
+    Of the corrupted ones it is that of the strongest, the mean over the corruptions.
+    """
     said = {}
     for name, (images, targets) in sets.items():
         probs, scores = (torch.cat(part) for part in zip(*map(rung.ask, images.split(BATCH)), strict=True))
@@ -168,11 +171,10 @@ def worth(rung: Rung, sets: Sets, bar: tqdm) -> dict[str, float]:
         if parts:
             known = classification_figures(parts, "probs")
             figures |= {f"{title}{what}": known[name] for name, title in (("nll", "NLL"), ("ece", "ECE"))}
-    for name in said:
-        if name.startswith("foreign/"):
-            figures[f"AUROC {name.removeprefix('foreign/')}"] = told(said["test"]["score"], said[name]["score"])[
-                "AUROC"
-            ]
+    auroc = {name: told(said["test"]["score"], part["score"])["AUROC"] for name, part in said.items()}
+    figures |= {f"AUROC {n.removeprefix('foreign/')}": each for n, each in auroc.items() if n.startswith("foreign/")}
+    if strongest := [each for name, each in auroc.items() if name.endswith(f"/{max(SEVERITIES)}")]:
+        figures["AUROC, strongest corruptions"] = mean(strongest)
     return figures
 
 

@@ -39,7 +39,8 @@ FIGURES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "adaptive_ece": "
 FIGURES |= {"aurc": "AURC"}
 RUN = ("config.yaml", "weights.safetensors", "ella.safetensors")  # what evaluate.py needs
 STUDENT = "ella-fast.safetensors"  # and what it uses if it is there
-SCORES = ("total", "epistemic", "novelty", "student novelty")
+SCORES = ("total", "epistemic", "novelty", "familiarity", "student novelty", "student familiarity")
+FALSE_ALARMS = 0.05  # share of familiar images whose familiarity is no more than this
 WHO = ("MAP", "ELLA", "student")
 SHOWN = 18  # of the most uncertain images
 TUNING_POINTS = 500  # that the curves of the tuning are drawn from
@@ -72,7 +73,8 @@ def write_report(
         for split, names in splits.items()
     }
     found = {name: detection(seen["test"], seen[name]) for name in seen if name.startswith("foreign/")}
-    report = {**results, "foreign": found, "num_test": len(seen["test"]["targets"]), "fit": fit, "config": config}
+    report = {**results, "foreign": found, "false alarms": false_alarms(seen["test"])}
+    report |= {"num_test": len(seen["test"]["targets"]), "fit": fit, "config": config}
     (folder / "report.json").write_text(json.dumps(report, indent=2))
     plots = figures(predictor, data, seen["test"], results)
     uncertain = most_uncertain(seen["test"], data)
@@ -93,12 +95,21 @@ def predict(predictor: ELLAPredictor, loader: DataLoader, name: str) -> Seen:
             out = predictor(images.to(device))
             part = {"MAP": out.logits_mean.softmax(-1), "ELLA": out.probs, "total": out.entropy, "targets": targets}
             part["epistemic"] = out.mutual_information
+            part |= foreignness(out)
             if predictor.fast is not None:
                 fast = predictor.fast(images.to(device))
-                part |= {"student": fast.probs} | ({} if fast.novelty is None else {"student novelty": fast.novelty})
-            parts.append(part if out.novelty is None else part | {"novelty": out.novelty})
+                part |= {"student": fast.probs} | {
+                    f"student {name}": score for name, score in foreignness(fast).items()
+                }
+            parts.append(part)
     seen = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
     return seen | {"MAP total": torch.special.entr(seen["MAP"]).sum(-1)}
+
+
+def foreignness(out: Any) -> Seen:
+    """What a prediction says of where its inputs are from, by name."""
+    said = {"novelty": out.novelty, "familiarity": out.familiarity}
+    return {name: score for name, score in said.items() if score is not None}
 
 
 def classification_figures(parts: list[Seen], who: str) -> dict[str, float]:
@@ -111,8 +122,20 @@ def classification_figures(parts: list[Seen], who: str) -> dict[str, float]:
 
 def detection(seen: Seen, foreign: Seen) -> dict[str, float]:
     """AUROC and FPR95 of foreign images against the test images, by each uncertainty that there is."""
-    scores = [score for score in ("MAP total", *SCORES) if score in seen]
-    return {f"{what} {score}": value for score in scores for what, value in told(seen[score], foreign[score]).items()}
+    found = {}
+    for score in ("MAP total", *SCORES):
+        if score in seen:
+            sign = -1 if score.endswith("familiarity") else 1  # the lower, the more foreign
+            found |= {
+                f"{what} {score}": value for what, value in told(sign * seen[score], sign * foreign[score]).items()
+            }
+    return found
+
+
+def false_alarms(seen: Seen) -> dict[str, float]:
+    """Share of the test images that look foreign, by each familiarity: `FALSE_ALARMS`, if it is what it says."""
+    scores = [score for score in SCORES if score.endswith("familiarity") and score in seen]
+    return {score: float((seen[score] <= FALSE_ALARMS).double().mean()) for score in scores}
 
 
 def told(familiar: Tensor, foreign: Tensor) -> dict[str, float]:
@@ -218,6 +241,8 @@ def words(report: dict[str, Any], folder: Path) -> str:
     how = {"MAP total": "the entropy of the network alone", "total": "entropy", "epistemic": "mutual information"}
     name = best.removeprefix("AUROC ")
     lines.append(f"Foreign images are told best by {how.get(name, name)}: AUROC {worst[best]:.3f} or more.")
+    if (alarms := report["false alarms"].get("familiarity")) is not None:
+        lines.append(f"Of the test images, {alarms:.1%} have a familiarity of {FALSE_ALARMS} or less.")
     lines.append(f"Figures and report.json are in {folder}")
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
-from price import BATCH, Rung, network_alone, show, with_novelty, worth
+from price import BATCH, Rung, network_alone, show, with_familiarity, worth
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -94,7 +94,9 @@ def main(config: DictConfig) -> None:
             started = time.perf_counter()
             predictor = fit_ella(module, data.ella_train_dataloader(), DataLoader(points, BATCH), **options)
             took = time.perf_counter() - started
-            rows[name] = {"s": took, "epochs": took / seconds} | worth(Rung(with_novelty(predictor), took), sets, bar)
+            rows[name] = {"s": took, "epochs": took / seconds} | worth(
+                Rung(with_familiarity(predictor), took), sets, bar
+            )
         rows["network"] = worth(Rung(network_alone(module), 0.0), sets, bar)
     folder, count = Path(HydraConfig.get().runtime.output_dir), len(data.train)  # type: ignore[arg-type]
     title = f"What a fit takes and loses; an epoch of {count:,} images takes {seconds:.0f} s"
