@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_structure
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_structure
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .batches import (
@@ -110,6 +110,15 @@ class Points:
     def digest(self) -> str:
         """SHA-256 of which points these are."""
         raise NotImplementedError
+
+    def identity(self, count: int = 8) -> str:
+        """SHA-256 of which points these are, and of what the first of them hold."""
+        found = hashlib.sha256(self.digest().encode())
+        with seeded(0):
+            for batch in self.batches(self.numbers[:count], "cpu"):
+                for leaf in tree_leaves(batch):
+                    found.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
+        return found.hexdigest()
 
     def is_repeatable(self, count: int = 4) -> bool:
         """Whether the first points look the same when they are asked for twice (no augmentation)."""

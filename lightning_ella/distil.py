@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import atanh
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +18,7 @@ from .data import Points, draw, seeded
 from .distributed import World
 from .familiarity import scores
 from .fast import FastPredictor
+from .guarantee import FEWEST_APART, Guarantee, Judged
 from .likelihoods import Likelihood
 from .linearize import Network, check_finite
 from .numerics import spread_normal
@@ -40,6 +41,7 @@ FEWEST = 10  # points that a student can be taught and tested with
 NUM_POINTS = 250  # that the exact engine is asked about, by default
 TESTED = 5  # one part in so many tests the student
 MOST_TUNED = 2000  # points that the scales are tuned on
+MOST_APART, APART = 1000, 5  # points for guarantees, at most, and one of so many
 TUNING = 2**24  # sampled outputs that they are tuned on
 DRAWS = 64  # of the posterior, for each of these
 # Standard deviations of the scales, in e-folds, around those of the exact predictor: a student is about as sure.
@@ -73,7 +75,9 @@ def distil(
     started, seed = time.perf_counter(), predictor.settings["seed"]
     generator, progress = torch.Generator().manual_seed(seed), progress or (bar if world.first else silent)
     with world.together("a look at the points to teach with"):
-        parts = _parts(draw(num_points, points.numbers, generator), num_points)
+        apart = _apart(predictor, points)
+        left = [number for number in points.numbers if number not in apart]
+        parts = _parts(draw(num_points, left, generator), num_points)
         last = len(parts) - max(1, len(parts) // TESTED)  # these and those after it test the student
         recorder, places = _recorder(predictor, points, parts[0], layers)
         seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
@@ -97,9 +101,11 @@ def distil(
         if world.first:
             fast.student.to(predictor.device)
             tests = [number for part in parts[last:] for number in part]
-            others = sorted(set(points.numbers) - {number for part in parts for number in part})
+            others = sorted(set(left) - {number for part in parts for number in part})
             most = min(MOST_TUNED, 10 * num_points) - len(tests)
             _tune(fast, recorder, points, tests + draw(max(0, most), others, generator))
+            if apart:
+                fast.guaranteed = _guaranteed(fast, recorder, points.batches(points.arranged(apart), fast.device))
             fast.figures = _figures(fast, tested) | {"seconds": time.perf_counter() - started}
     fast.take(world.tensors_from_first(fast.tensors(), predictor.device))
     fast.figures = world.object_from_first(fast.figures)
@@ -113,6 +119,17 @@ def _parts(numbers: Sequence[int], num_points: int) -> list[Sequence[int]]:
     if len(numbers) < min(FEWEST, num_points) or len(numbers) < 2:
         raise ValueError(f"a student needs {FEWEST} points or more to learn from, but there are {len(numbers)}.")
     return [numbers[part] for part in slices(len(numbers), min(AT_A_TIME, max(1, len(numbers) // TESTED)))]
+
+
+def _apart(predictor: "ELLAPredictor", points: Points) -> set[int]:
+    """Points that the predictor's fit has not looked at, a fifth of all at most, for guarantees; none if not known."""
+    spent = predictor.spent
+    if spent is None or points.identity() != spent.identity:
+        return set()
+    unspent = sorted({*points.numbers} - {*spent.numbers.tolist()})
+    count = min(MOST_APART, len(points.numbers) // APART, len(unspent))
+    generator = torch.Generator().manual_seed(predictor.settings["seed"])
+    return set(draw(count, unspent, generator)) if count >= FEWEST_APART else set()
 
 
 def _recorder(
@@ -264,6 +281,16 @@ def _tune(fast: FastPredictor, recorder: Recorder, points: Points, numbers: Sequ
     translation.temperature = translation.temperature * translation.tempering
     if fast.familiarity is not None:
         object.__setattr__(fast, "familiarity", fast.familiarity.among(torch.cat(foreign)))
+
+
+def _guaranteed(fast: FastPredictor, recorder: Recorder, batches: Iterable[Batch]) -> Guarantee:
+    """What points that nothing has seen say about any that come."""
+    judged = []
+    for batch in batches:
+        prediction = fast.predict([recorder(seen(batch.inputs, view)) for view in fast.all_views])
+        targets, weights = _answers(fast.likelihood, batch, prediction.logits.mean)
+        judged.append(Judged.of(fast.likelihood, prediction, targets, weights > 0))
+    return Guarantee.of(Judged.joined(judged))
 
 
 def _figures(fast: FastPredictor, lectures: Sequence[Lecture]) -> dict[str, float]:

@@ -153,10 +153,10 @@ class Familiarity(nn.Module):
         p = (1 + (others >= new.unsqueeze(1) - ROUNDING).sum(1)) / (n + 1)
         return torch.where(given.isnan().any(1), torch.nan, p)
 
-    def _far(self, scores: Tensor) -> Tensor | float:
+    def _far(self, scores: Tensor) -> Tensor:
         """What is added to sums of logarithms for being far away, of scores (n, J)."""
         if self.distance is None:
-            return 0.0
+            return torch.zeros_like(scores[:, 0])
         return FAR * self.distance.beyond(scores[:, self.parts.index("distance")])
 
     def tell(self, prediction: Prediction, looks: Sequence[Look], likelihood: Likelihood) -> None:

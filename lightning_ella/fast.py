@@ -16,6 +16,7 @@ from .augmentation import Views, restored, seen
 from .batches import Inputs, as_tree, call, constant, plain
 from .export import export
 from .familiarity import Familiarity, Look
+from .guarantee import Guarantee
 from .head import Head, compare
 from .likelihoods import LIKELIHOODS
 from .linearize import Forward, Network, as_function, as_values, check_finite
@@ -25,7 +26,7 @@ from .settings import Settings
 from .student import Said, Student, Translation
 
 FORMAT = "lightning-ella-fast 2"
-_FAMILIAR = "familiarity."  # what the names of its tensors begin with
+_FAMILIAR, _GUARANTEE = "familiarity.", "guarantee."  # what the names of their tensors begin with
 
 
 class FastPredictor(Head):
@@ -113,7 +114,7 @@ class FastPredictor(Head):
         parts: list[Gaussian] = [self.translation(*pair) for pair in zip((f for f, _ in looks), answers, strict=True)]
         temperature = self.translation.temperature.to(looks[0][0])
         prediction = self.likelihood.predict(mixed(parts), self.settings["predictive"], temperature)
-        prediction.axis = -1 if self.output_shape else None
+        prediction.axis, prediction.guarantee = -1 if self.output_shape else None, self.guaranteed
         if self.student.has_outside:
             foreign = torch.stack([said.novelty.squeeze(1).sigmoid() for said in answers]).mean(0)
             prediction.novelty = foreign.to(temperature)
@@ -144,7 +145,10 @@ class FastPredictor(Head):
     def follow(self, posterior: Posterior) -> Self:
         """Take another posterior over the same directions, as after `ELLAPredictor.update`."""
         with self._lock:
-            self.translation.follow(posterior)
+            before = {name: value.clone() for name, value in self.translation.state_dict().items()}
+            after = self.translation.follow(posterior).state_dict()
+            if not all(torch.equal(after[name], value) for name, value in before.items()):
+                self.guaranteed = None  # it was of another posterior
         return self
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -163,12 +167,16 @@ class FastPredictor(Head):
         parts = {"student": self.student, "translation": self.translation}
         found = {f"{part}.{name}": value for part, kept in parts.items() for name, value in kept.state_dict().items()}
         familiar = {} if self.familiarity is None else self.familiarity.tensors()
-        return found | {f"{_FAMILIAR}{name}": value for name, value in familiar.items()}
+        promised = {} if self.guaranteed is None else self.guaranteed.tensors()
+        found |= {f"{_FAMILIAR}{name}": value for name, value in familiar.items()}
+        return found | {f"{_GUARANTEE}{name}": value for name, value in promised.items()}
 
     def take(self, tensors: Mapping[str, Tensor]) -> Self:
         """Have other values in student and translation, by the same names."""
         for part, kept in {"student": self.student, "translation": self.translation}.items():
             kept.load_state_dict(artefact.named(tensors, f"{part}."))
+        if promised := artefact.named(tensors, _GUARANTEE):
+            self.guaranteed = Guarantee(**{name: value.cpu() for name, value in promised.items()})
         if self.familiar is not None:
             object.__setattr__(
                 self, "familiarity", Familiarity.restored(self.familiar, artefact.named(tensors, _FAMILIAR))
@@ -204,6 +212,8 @@ class FastPredictor(Head):
                 known["settings"] = Settings(**known["settings"]).as_dict()
                 known["figures"] = {str(name): float(value) for name, value in known["figures"].items()}
                 sizes = _sizes(shapes, known["places"])
+                if promised := artefact.named(shapes, _GUARANTEE):
+                    Guarantee.check(promised)
                 if known["familiar"] is not None:
                     Familiarity.check(known["familiar"], artefact.named(shapes, _FAMILIAR))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
@@ -217,7 +227,8 @@ class FastPredictor(Head):
                     f"the student in {path} looks at {missing[0]!r}, which the network has not: teach again."
                 )
             kinds = {torch.float32: "F32", torch.float64: "F64"}
-            if shapes != {name: (kinds[value.dtype], tuple(value.shape)) for name, value in fast.tensors().items()}:
+            rest = {name: shape for name, shape in shapes.items() if not name.startswith(_GUARANTEE)}
+            if rest != {name: (kinds[value.dtype], tuple(value.shape)) for name, value in fast.tensors().items()}:
                 raise ValueError(f"the tensors in {path} are not those of a student of this network: teach again.")
 
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

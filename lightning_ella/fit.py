@@ -1,6 +1,5 @@
 """The pipeline: landmarks → basis → curvature → calibration → predictor."""
 
-import hashlib
 import json
 import logging
 import time
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from .activations import pooled_width
@@ -26,6 +24,7 @@ from .distributed import World
 from .engine import Linearization
 from .familiarity import NUM_POINTS as NUM_ACTIVATIONS
 from .familiarity import PARTS, Distance, Familiarity, Judge, activations, some_places
+from .guarantee import FEWEST_APART, Guarantee, Judged, Spent
 from .head import fingerprint
 from .landmarks import LANDMARKS, Landmarks
 from .learning import gain, learn
@@ -227,11 +226,12 @@ def run(
                 hessian, outside, spread_over, linearization.parameters.values()
             )
             unseen, posterior, figures = None, _given(hessian, likelihood, settings, prior), {}
-            familiarity = None
+            familiarity = spent = judged = None
         else:
             apart = _apart(held_out.numbers, settings)
             left = held_out.numbers if not apart else sorted({*held_out.numbers} - {*apart})
             numbers = held_out.arranged(draw(_looks(settings), left, generator))
+            spent = Spent(held_out.identity(), torch.tensor(numbers)) if world.first else None
             if (most := settings.num_calibration) is not None and len(numbers) > most:
                 looks = visit(held_out, numbers, "look at unseen points")
                 numbers = typical(linearization, likelihood, looks, numbers, most, generator, world)
@@ -249,7 +249,7 @@ def run(
                 unseen = judged = _cached(linearization, points, basis, example, likelihood, seeds, **how_seen)
             if judge is not None and apart:
                 with world.together("the points apart"):
-                    points, seeds = visit(held_out, held_out.arranged(apart), "familiarity"), [0] * len(apart)
+                    points, seeds = visit(held_out, held_out.arranged(apart), "points apart"), [0] * len(apart)
                     judged = _cached(linearization, points, basis, example, likelihood, seeds, **how_seen)
             familiarity = None if judge is None else _familiarity(judge, judged, linearization.device, world)
             near = others if (settings.top_outputs or MOST) < example.shape[-1] - 1 else None  # where some are lost
@@ -261,7 +261,10 @@ def run(
         if unseen is not None and settings.learn:
             posterior, better = _moved(unseen, posterior, likelihood, settings, world)
             figures |= better
-        unseen = None
+        guaranteed = None
+        if judged is not None and unseen is not None and judged is not unseen and settings.top_outputs is None:
+            guaranteed = _guaranteed(judged, unseen, posterior, likelihood, settings, world)
+        unseen = judged = None
         with world.together("the predictor"):
             predictor = ELLAPredictor(
                 model,
@@ -271,6 +274,8 @@ def run(
                 **{name: getattr(posterior, name) for name in SCALES},
                 mean=posterior.mean,
                 familiarity=familiarity,
+                guaranteed=guaranteed,
+                spent=world.object_from_first(spent),
                 forward=forward,
                 settings=settings.as_dict() | {"residual": probes, "curvature": how} | likelihood.stored(),
                 origin=origin,
@@ -452,14 +457,8 @@ def _identity(
     weights: str, linearization: Linearization, data: Sequence[Points], by_evidence: bool, settings: dict[str, Any]
 ) -> str:
     """What the stages of a fit depend on: weights, parameters taken into account, some settings, and data."""
-    seen = hashlib.sha256()
-    for points in data:
-        with seeded(settings["seed"]):
-            for batch in points.batches(points.numbers[:POINTS], "cpu"):
-                for leaf in tree_leaves(batch):
-                    seen.update(str(leaf.tolist() if isinstance(leaf, Tensor) else leaf).encode())
-    names, digests = sorted(linearization.parameters), [points.digest() for points in data]
-    return json.dumps([weights, names, settings, digests, by_evidence, seen.hexdigest()])
+    names, identities = sorted(linearization.parameters), [points.identity() for points in data]
+    return json.dumps([weights, names, settings, identities, by_evidence])
 
 
 def _points(train: Any, held_out: Any | None, unpack: Unpack, settings: Settings) -> tuple[Points, Points | None]:
@@ -583,9 +582,6 @@ def _apart(numbers: Sequence[int], settings: Settings) -> list[int]:
     return draw(count, numbers, generator) if count >= FEWEST_APART else []
 
 
-FEWEST_APART = 20  # with fewer no input is in the most foreign twentieth
-
-
 def _judge(
     linearization: Linearization,
     train: Points,
@@ -624,6 +620,42 @@ def _familiarity(judge: Judge, judged: Observations, device: torch.device, world
         found = None if scores is None else Familiarity.calibrated(judge.places, judge.distance, scores)
     found = world.object_from_first(None if found is None else found.cpu())
     return None if found is None else found.to(device)
+
+
+def _guaranteed(
+    apart: Observations,
+    unseen: Observations,
+    posterior: Posterior,
+    likelihood: Likelihood,
+    settings: Settings,
+    world: World,
+) -> Guarantee | None:
+    """What is promised from points apart; which thresholds are tested is planned on those of the calibration."""
+    with world.together("the guarantee"):
+        draws = _draws(settings, apart, posterior.curvature)
+        mine = [_judged(points, posterior, likelihood, settings.predictive, draws) for points in (apart, unseen)]
+    parts = [mine[0].scores, mine[0].confidence, mine[0].wrong, mine[1].confidence]
+    found = [world.gather_rows(part.double()) for part in parts]
+    scores, confidence, wrong, planned = found
+    if scores is None or confidence is None or wrong is None:
+        return world.object_from_first(None)
+    return world.object_from_first(Guarantee.of(Judged(scores, confidence, wrong > 0), planned))
+
+
+def _judged(
+    points: Observations, posterior: Posterior, likelihood: Likelihood, predictive: str, draws: Tensor
+) -> Judged:
+    """How right the posterior is about some points."""
+    parts, temperature = [], posterior.temperature.to(draws)
+    for part in _parts(points, draws) or [slice(0)]:
+        some = points.rows(part).to(draws.device)
+        outputs = some.outputs(lambda mean, features: Gaussian(mean, posterior.factor(features), draws))
+        prediction, all_count = (
+            likelihood.predict(outputs, predictive, temperature),
+            some.targets.new_ones(len(some.targets)) > 0,
+        )
+        parts.append(Judged.of(likelihood, prediction, some.targets, all_count))
+    return Judged.joined(parts)
 
 
 def _calibrated(
@@ -764,6 +796,12 @@ def _given(hessian: Tensor, likelihood: Likelihood, settings: Settings, prior: f
     return Posterior(hessian, *given, softened=likelihood.temperature_is_noise)
 
 
+def _parts(points: Observations, draws: Tensor) -> list[slice]:
+    """So many rows at a time as are few enough."""
+    size = chunks(draws.device).outputs // max(1, points.num_views * points.features[:1].numel())
+    return slices(len(points.targets), size)
+
+
 def _summaries(
     likelihood: Likelihood, unseen: Observations, posterior: Posterior, predictive: str, draws: Tensor
 ) -> dict[str, Tensor]:
@@ -771,8 +809,7 @@ def _summaries(
     temperature = posterior.temperature.to(draws)
     one, first = torch.ones_like(temperature), likelihood.predictives[0]  # of one without variance, all are the same
     found: dict[str, list[Tensor]] = {"map": [], "ella": []}
-    size = chunks(draws.device).outputs // max(1, unseen.num_views * unseen.features[:1].numel())
-    for part in slices(len(unseen.targets), size) or [slice(0)]:
+    for part in _parts(unseen, draws) or [slice(0)]:
         some = unseen.rows(part).to(draws.device)
         certain = Gaussian(some.logits, torch.zeros_like(some.features[..., :1]), torch.zeros_like(draws[:1, :1]))
         learnt = some.outputs(lambda mean, features: Gaussian(mean, posterior.factor(features), draws))

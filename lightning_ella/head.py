@@ -9,10 +9,18 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .augmentation import OneView, names_of, portable_views
+from .batches import Unpack, inputs_and_targets
+from .data import points_of, seeded
+from .guarantee import MISSING, Guarantee, Judged
+from .likelihoods import Likelihood
 from .linearize import Forward, version
+from .observations import checked, weights_of
 from .pickling import portable
+
+MOST = 100_000  # points of a stream that guarantees are learnt from
 
 
 class Head(nn.Module):
@@ -29,12 +37,19 @@ class Head(nn.Module):
     made_again: ClassVar[tuple[str, ...]] = ("_verified", "_lock")  # what neither a pickle nor a copy keeps
     model: nn.Module
     settings: dict[str, Any]
+    likelihood: Likelihood
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        raise NotImplementedError
 
     def __init__(self, model: nn.Module, forward: Forward, origin: str, counted: Collection[str]):
         super().__init__()
         # Not registered: the head may then be a submodule of the network, as in `module.ella = ELLAPredictor.load(…)`.
         object.__setattr__(self, "model", model)
         self.forward_function, self.origin = forward, origin
+        self.guaranteed: Guarantee | None = None
         self._lock = threading.RLock()
         self._recognise(counted)
 
@@ -57,6 +72,59 @@ class Head(nn.Module):
     def all_views(self) -> tuple[OneView | None, ...]:
         """Of each input: None, which is as it is, and the others."""
         return None, *self.settings["views"]
+
+    def guarantee(self, loader: Any, unpack: Unpack = inputs_and_targets) -> Self:
+        """Learn from labelled points how large sets and intervals must be, and what may be answered.
+
+        A fit does so by itself where there are more unseen points than the scales are chosen on. What is promised then
+        holds for inputs like these points, on average over all of them.
+
+        Args:
+            loader: points that neither the network, nor the fit, nor a student, nor `update` has seen.
+            unpack: maps a batch to `(inputs, targets)`.
+
+        Returns:
+            this predictor, whose predictions have `prediction_set()` or `interval(guaranteed=True)` from now on.
+
+        Raises:
+            ValueError: if there are several rows of outputs for each input, or no labels.
+        """
+        if self.settings["top_outputs"] is not None:
+            raise ValueError("with top_outputs= every input has other outputs, for which nothing can be guaranteed.")
+        parts, points = [], points_of(loader, unpack, MOST)
+        with seeded(self.settings["seed"]), torch.no_grad():
+            batches = points.batches(points.numbers, self.device)
+            for inputs, targets, weights in tqdm(batches, desc="ELLA guarantee", unit="batch"):
+                prediction = self(inputs)
+                if prediction.logits.mean.ndim > 2:
+                    raise ValueError(
+                        "guarantees are for networks with one row of outputs an input: pixels or words of one go "
+                        "together, so they are no points by themselves."
+                    )
+                known = checked(self.likelihood, prediction.logits.mean, targets, prediction.axis)
+                counts = weights_of(self.likelihood, known, weights) > 0
+                parts.append(Judged.of(self.likelihood, prediction, known, counts))
+        judged = Judged.joined(parts) if parts else None
+        if judged is None or not len(judged.scores):
+            raise ValueError("no point of the loader has a target that counts: pass one with labels.")
+        self.guaranteed = Guarantee.of(judged)
+        return self
+
+    def threshold(self, risk: float = 0.05, certainty: float = 0.9) -> float:
+        """The confidence from which on to answer, so that no more than a share `risk` of the answers is wrong.
+
+        Answer where `out.confidence >= predictor.threshold(risk=0.05)`. It keeps its promise with probability
+        `certainty`, over the points that it was found with (learn then test: Angelopoulos et al. 2025).
+
+        Returns:
+            the threshold; infinite, with a warning, if none is known to keep it.
+
+        Raises:
+            ValueError: if there were no points that nothing else has seen, or no single answer, as of numbers.
+        """
+        if self.guaranteed is None:
+            raise ValueError(f"threshold() {MISSING}")
+        return self.guaranteed.threshold(risk, certainty)
 
     def _stored_settings(self) -> dict[str, Any]:
         """Settings as they are written to a file."""

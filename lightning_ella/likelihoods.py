@@ -7,7 +7,7 @@ one row for each sample, or for each position (token, pixel) of a sample. Target
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from math import log, pi
+from math import inf, log, pi
 from typing import Any, Self
 
 import torch
@@ -40,6 +40,7 @@ class Likelihood(ABC):
     has_temperature = False  # `tempered` does something, so that there is a temperature to choose
     has_units = False  # outputs are in the units of the targets, rather than pure numbers as logits are
     temperature_is_noise = False  # it multiplies a variance of noise, and divides the curvature
+    lowest = -inf  # that a target can be
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -130,6 +131,15 @@ class Likelihood(ABC):
 
     def energy(self, outputs: Tensor) -> Tensor | None:
         """How little the network's outputs (B, C) say, (B,), higher for what is foreign; None if they do not tell."""
+        return None
+
+    def conformity(self, prediction: Any, targets: Tensor) -> Tensor:
+        """How far targets are from what a prediction says, (n,) or (n, C): here in standard deviations."""
+        mean, variance = prediction.moments_of_rows
+        return (targets.to(mean) - mean).abs() / variance.sqrt().clamp_min(torch.finfo(mean.dtype).tiny)
+
+    def answers(self, prediction: Any, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Confidence (n,) in the one answer to each input, and whether that is wrong; None where there is no such."""
         return None
 
     def summary(self, prediction: Any, targets: Tensor) -> Tensor:
@@ -265,6 +275,15 @@ class Classification(Likelihood):
     def energy(self, outputs: Tensor) -> Tensor | None:
         """−log Σ exp(f) (Liu et al. 2020)."""
         return -outputs.logsumexp(-1)
+
+    def conformity(self, prediction: ClassPrediction, targets: Tensor) -> Tensor:
+        """1 − p of the label."""
+        return 1 - prediction.rows_of(prediction.probs).gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+
+    def answers(self, prediction: ClassPrediction, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The likeliest class."""
+        confidence, answer = prediction.rows_of(prediction.probs).max(-1)
+        return confidence, answer != targets
 
     def summary(self, prediction: ClassPrediction, targets: Tensor) -> Tensor:
         """Class probabilities, (n, C)."""
@@ -419,6 +438,11 @@ class MultiLabel(Likelihood):
         """−Σ log(1 + exp(f)) (Wang et al. 2021): low where some label is surely there."""
         return -softplus(outputs).sum(-1)
 
+    def conformity(self, prediction: LabelPrediction, targets: Tensor) -> Tensor:
+        """1 − p of what is the case, of each label."""
+        there, absent = prediction.both
+        return 1 - torch.where(targets > 0.5, there, absent)
+
     def summary(self, prediction: LabelPrediction, targets: Tensor) -> Tensor:
         """Probability of each label, (n, C), float64: 1 − p is asked for, too."""
         return prediction.both[0]
@@ -453,11 +477,17 @@ class Binary(MultiLabel):
         """−log(exp(f / 2) + exp(−f / 2)): of two classes of which none is the one to be found."""
         return -torch.logaddexp(outputs / 2, -outputs / 2).sum(-1)
 
+    def answers(self, prediction: LabelPrediction, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The likelier class."""
+        there = prediction.both[0].squeeze(-1)
+        return torch.maximum(there, 1 - there), (there > 0.5) != (targets.squeeze(-1) > 0.5)
+
 
 class Poisson(Likelihood):
     """Counts with the rate exp(f); targets are (*, C)."""
 
     per_output = True
+    lowest = 0.0
 
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Numbers of at least 0."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .chunks import chunks
+from .guarantee import MISSING, Guarantee
 from .numerics import centred, in_full
 from .top import Selection
 
@@ -333,6 +334,7 @@ class Prediction:
     familiarity: Tensor | None = None  # (B,), the share of familiar inputs that look at least as foreign
     distance: Tensor | None = None  # (B,), of the activations from those of training points
     energy: Tensor | None = None  # (B,), of the outputs; low where they are sure
+    guarantee: Guarantee | None = None
 
     @property
     def logits_mean(self) -> Tensor:
@@ -358,6 +360,11 @@ class Prediction:
     def mean_of_rows(self) -> Tensor:
         """E[y], (*, C), or (*) where all outputs have one target."""
         return self._moments[0]
+
+    @property
+    def moments_of_rows(self) -> tuple[Tensor, Tensor]:
+        """E[y] and Var[y], (*, C) each, or (*)."""
+        return self._moments
 
     @cached_property
     def variance(self) -> Tensor:
@@ -391,8 +398,23 @@ class Prediction:
         found = self._as_targets(self._quantiles(torch.atleast_1d(levels)), 2)
         return found[0] if levels.ndim == 0 else found
 
-    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """The central interval that holds y with probability `level`: its ends, (B, C) each."""
+    def interval(self, level: float = 0.9, *, guaranteed: bool = False) -> tuple[Tensor, Tensor]:
+        """The central interval that holds y with probability `level`: its ends, (B, C) each.
+
+        Args:
+            level: of each output by itself.
+            guaranteed: take the mean, and as many standard deviations as hold y that often whatever the network, as
+                points that nothing else has seen tell; infinite if they are too few.
+
+        Raises:
+            ValueError: if there were no such points, or if the level is no probability.
+        """
+        if guaranteed:
+            assert self.likelihood is not None
+            mean, variance = self._moments
+            away = self._guarantee("interval(guaranteed=True)").quantile(level).to(mean) * variance.sqrt()
+            low, high = (mean - away).clamp_min(self.likelihood.lowest), mean + away
+            return self._as_targets(low), self._as_targets(high)
         low, high = self.quantile([(1 - level) / 2, (1 + level) / 2])
         return low, high
 
@@ -408,6 +430,11 @@ class Prediction:
         """The same as `interval`, (*, C) each, or (*)."""
         low, high = self._quantiles(torch.tensor([(1 - level) / 2, (1 + level) / 2]))
         return low, high
+
+    def _guarantee(self, what: str) -> Guarantee:
+        if self.guarantee is None:
+            raise ValueError(f"{what} {MISSING}")
+        return self.guarantee
 
     def shaped(self, values: Tensor) -> Tensor:
         """(*, C) to the shape of the network's outputs."""
@@ -530,6 +557,22 @@ class ClassPrediction(Prediction):
         """(B, C) class probabilities, averaged over the posterior."""
         return self.shaped(self._probs)
 
+    @property
+    def confidence(self) -> Tensor:
+        """(B,), the probability of the likeliest class."""
+        return self._probs.amax(-1)
+
+    def prediction_set(self, level: float = 0.9) -> Tensor:
+        """(B, C) bool: classes of which one is the right one in a share `level` of cases, whatever the network.
+
+        Those with a probability of at least 1 − q, where q is a quantile of 1 − p at the labels of points that nothing
+        else has seen (Sadinle, Lei and Wasserman 2019). Where no class is that likely, the set is empty.
+
+        Raises:
+            ValueError: if there were no such points, or if the level is no probability.
+        """
+        return 1 - self.probs <= self._guarantee("prediction_set()").quantile(level).to(self.probs)
+
     @cached_property
     def entropy(self) -> Tensor:
         """(B,) total uncertainty: the entropy of `probs`, nats."""
@@ -569,6 +612,24 @@ class LabelPrediction(Prediction):
     def both(self) -> tuple[Tensor, Tensor]:
         """Of each label to be there, and to be absent, (*, C) float64 each: the smaller one is exact, too."""
         return self._probs, self._expected(-1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """(B, C), the probability of the likelier of there and absent."""
+        return torch.maximum(self.probs, 1 - self.probs)
+
+    def prediction_set(self, level: float = 0.9) -> Tensor:
+        """(B, C, 2) bool, whether each label may be absent, and whether it may be there.
+
+        The truth is among these in a share `level` of cases, for each label by itself; see
+        `ClassPrediction.prediction_set`.
+
+        Raises:
+            ValueError: if there were no points that nothing else has seen, or if the level is no probability.
+        """
+        bound = self._guarantee("prediction_set()").quantile(level)
+        there, absent = (1 - probs <= bound.to(probs) for probs in self.both)  # (*, C)
+        return torch.stack([self.shaped(absent), self.shaped(there)], -1)
 
     @cached_property
     def entropy(self) -> Tensor:

@@ -30,6 +30,7 @@ from .engine import Linearization
 from .evidence import Evidence, measure
 from .familiarity import Familiarity, look_at
 from .fast import FastPredictor
+from .guarantee import Guarantee, Spent
 from .head import Head, compare
 from .learning import Learnt, figures_of, learn
 from .likelihoods import LIKELIHOODS
@@ -74,6 +75,8 @@ class ELLAPredictor(Head):
         mean: m, (K,), of the coordinates along the basis, where the fit itself moved it; None is zero.
         learnt: what was learnt from labelled points after the fit (`update`); None is nothing.
         familiarity: says how familiar an input looks; None where there were no unseen points.
+        guaranteed: what points that the fit left alone say about any that come.
+        spent: points that it did not leave alone.
 
     It may be asked by several threads at once, while others call, move or train the network: what it evaluates is a
     view of its own, and one thread is answered after the other.
@@ -104,6 +107,8 @@ class ELLAPredictor(Head):
         mean: Tensor | None = None,
         learnt: Learnt | None = None,
         familiarity: Familiarity | None = None,
+        guaranteed: Guarantee | None = None,
+        spent: Spent | None = None,
     ):
         super().__init__(model, forward, origin, counted)
         self.eigenvalues, self.curvature = eigenvalues, curvature
@@ -119,6 +124,7 @@ class ELLAPredictor(Head):
         draws = spread_normal(settings["num_samples"], self.rank + settings["residual"], settings["seed"])
         self.draws = draws.to(curvature.device)
         object.__setattr__(self, "familiarity", familiarity)  # not registered: it keeps its own types
+        self.guaranteed, self.spent = guaranteed, spent
         self._quiet = quiet
         self._view: tuple[Forward, Linearization] | None = None
         self._students: weakref.WeakSet[FastPredictor] = weakref.WeakSet()
@@ -156,7 +162,7 @@ class ELLAPredictor(Head):
             gaussian = mixed([posterior.outputs(mean, along, self.draws.to(along)) for mean, along, _ in looks])
             temperature = posterior.temperature.to(features)
             prediction = self.likelihood.predict(gaussian, self.settings["predictive"], temperature)
-            prediction.axis = self.axis
+            prediction.axis, prediction.guarantee = self.axis, self.guaranteed
             if kept is not None and isinstance(prediction, ClassPrediction):
                 prediction.indices = kept.indices
             if features.shape[-1] > self.rank:
@@ -419,6 +425,10 @@ class ELLAPredictor(Head):
         if self.familiarity is not None:
             tensors |= {f"{_FAMILIAR}{name}": value for name, value in self.familiarity.tensors().items()}
             metadata["familiarity"] = json.dumps(self.familiarity.described())
+        if self.guaranteed is not None:
+            tensors |= {f"{_GUARANTEE}{name}": value for name, value in self.guaranteed.tensors().items()}
+        if self.spent is not None:
+            tensors[_SPENT], metadata[_SPENT] = self.spent.numbers, self.spent.identity
         if self.learnt is not None:
             tensors |= {f"{_LEARNT}{name}": value for name, value in self.learnt.tensors().items()}
             metadata["learnt"] = json.dumps(self.learnt.described())
@@ -460,11 +470,17 @@ class ELLAPredictor(Head):
                 if any(name.startswith(_FAMILIAR) for name in shapes):
                     familiar.update(json.loads(metadata["familiarity"]))
                     Familiarity.check(familiar, artefact.named(shapes, _FAMILIAR))
+                if promised := artefact.named(shapes, _GUARANTEE):
+                    Guarantee.check(promised)
+                if _SPENT in shapes and (shapes[_SPENT][0] != "I64" or len(shapes[_SPENT][1]) != 1):
+                    raise ValueError(f"no numbers of points: {shapes[_SPENT]}")
+                described["identity_of_spent"] = metadata.get(_SPENT, "")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
             compare(theirs, model, counted, f"the posterior in {path}", origin)
             settings["views"] = restored(names, views)
-            rest = {name: shape for name, shape in shapes.items() if not name.startswith(_FAMILIAR)}
+            beside = (_FAMILIAR, _GUARANTEE, _SPENT)
+            rest = {name: shape for name, shape in shapes.items() if not name.startswith(beside)}
             _check_shapes(rest, model, settings, path)
             described.update(settings=settings, origin=origin, counted=counted, batched=batched)
 
@@ -479,6 +495,11 @@ class ELLAPredictor(Head):
             described["learnt"] = Learnt.of(afterwards, **learnt)
         if familiar:
             described["familiarity"] = Familiarity.restored(familiar, artefact.named(tensors, _FAMILIAR))
+        if promised := artefact.named(tensors, _GUARANTEE):
+            described["guaranteed"] = Guarantee(**{name: value.cpu() for name, value in promised.items()})
+        identity = described.pop("identity_of_spent")
+        if _SPENT in tensors:
+            described["spent"] = Spent(identity, tensors[_SPENT].cpu())
         basis = artefact.named(tensors, "basis.")
         return cls(model, basis=basis, forward=forward, **described, **parts)  # type: ignore[arg-type]
 
@@ -569,7 +590,7 @@ class ELLAPredictor(Head):
 
     def _follow_points(self, learnt: Learnt | None) -> None:
         """Be what was learnt, and let the students be it, too."""
-        self.learnt, self._taught = learnt, True
+        self.learnt, self._taught, self.guaranteed = learnt, True, None
         self._tell_students()
 
     def _tell_students(self) -> None:
@@ -587,7 +608,7 @@ class ELLAPredictor(Head):
         before, after = torch.linalg.eigvalsh(self.curvature)[-1], torch.linalg.eigvalsh(curvature)[0]
         if after < -1e-6 * before.abs():
             raise ValueError("these points were not among those that the posterior has seen, so it cannot forget them.")
-        self.curvature = curvature
+        self.curvature, self.guaranteed = curvature, None
         self._tell_students()
         return self
 
@@ -677,7 +698,8 @@ class ELLAPredictor(Head):
             self.familiarity._apply(lambda tensor: tensor.to(fn(tensor).device))
 
 
-_LEARNT, _FAMILIAR = "learnt.", "familiarity."  # what the names of their tensors begin with in a file
+# What the names of their tensors begin with in a file.
+_LEARNT, _FAMILIAR, _GUARANTEE, _SPENT = "learnt.", "familiarity.", "guarantee.", "spent"
 _PARTS = ("eigenvalues", "curvature", "mean", *SCALES)
 
 
