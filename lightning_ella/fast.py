@@ -266,7 +266,7 @@ class FastPredictor(Head):
         Returns:
             the path. The program's outputs have the names that those of a prediction have: of classes `probs`,
             `entropy`, `mutual_information`, `logits_mean`, `logits_variance` and `novelty`; of numbers `mean`,
-            `variance`, `lower` and `upper` (the interval of 90 %), and `novelty`.
+            `variance`, `lower` and `upper` (the interval of 90 %), `novelty` and `familiarity`.
 
         Raises:
             ValueError: for another ending, or if the network cannot be exported; the message says why.

@@ -22,7 +22,7 @@ from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lightning_ella import ELLAPredictor
+from lightning_ella import ELLAPredictor, FastPredictor
 from lightning_ella.metrics import FalsePositiveRate, classification_metrics
 from lightning_ella.plots import (
     calibration_under_shift,
@@ -40,6 +40,7 @@ FIGURES |= {"aurc": "AURC"}
 RUN = ("config.yaml", "weights.safetensors", "ella.safetensors")  # what evaluate.py needs
 STUDENT = "ella-fast.safetensors"  # and what it uses if it is there
 SCORES = ("total", "epistemic", "novelty", "familiarity", "student novelty", "student familiarity")
+LEVEL, RISK = 0.9, 0.05  # that prediction sets hold the class, and that answers are wrong
 FALSE_ALARMS = 0.05  # share of familiar images whose familiarity is no more than this
 WHO = ("MAP", "ELLA", "student")
 SHOWN = 18  # of the most uncertain images
@@ -73,7 +74,9 @@ def write_report(
         for split, names in splits.items()
     }
     found = {name: detection(seen["test"], seen[name]) for name in seen if name.startswith("foreign/")}
-    report = {**results, "foreign": found, "false alarms": false_alarms(seen["test"])}
+    heads = {"ELLA": predictor, "student": predictor.fast}
+    promised = {who: kept(head, seen["test"], who) for who, head in heads.items() if head and head.guaranteed}
+    report = {**results, "foreign": found, "false alarms": false_alarms(seen["test"]), "guarantees": promised}
     report |= {"num_test": len(seen["test"]["targets"]), "fit": fit, "config": config}
     (folder / "report.json").write_text(json.dumps(report, indent=2))
     plots = figures(predictor, data, seen["test"], results)
@@ -82,7 +85,14 @@ def write_report(
     for name, figure in plots.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
     show(results, found, report["num_test"], Console())
-    log(loggers, results, found, folder, plots, uncertain)
+    log(
+        loggers,
+        results,
+        found | {f"test/{who.lower()}": values for who, values in promised.items()},
+        folder,
+        plots,
+        uncertain,
+    )
     return report
 
 
@@ -147,6 +157,20 @@ def told(familiar: Tensor, foreign: Tensor) -> dict[str, float]:
     # in [0, 1] by rank: torchmetrics would squash scores that leave it
     ranks = both.unique(return_inverse=True)[1] / len(both)
     return {"AUROC": float(binary_auroc(ranks, is_foreign.long())), "FPR95": float(false_positives.compute())}
+
+
+def kept(head: ELLAPredictor | FastPredictor, seen: Seen, who: str) -> dict[str, float]:
+    """What was promised of the test images, and what came of it."""
+    probs, targets = seen[who], seen["targets"]
+    sets = 1 - probs <= head.guaranteed.quantile(LEVEL).to(probs)  # type: ignore[union-attr]
+    confidence, answer = probs.max(1)
+    answered = confidence >= head.threshold(RISK)
+    return {
+        "coverage": float(sets.gather(1, targets.unsqueeze(1)).double().mean()),
+        "set size": float(sets.double().sum(1).mean()),
+        "answered": float(answered.double().mean()),
+        "wrong answers": float((answer != targets)[answered].double().mean()) if answered.any() else 0.0,
+    }
 
 
 def figures(predictor: ELLAPredictor, data: Images, seen: Seen, results: dict) -> dict[str, Figure]:
@@ -243,12 +267,24 @@ def words(report: dict[str, Any], folder: Path) -> str:
     lines.append(f"Foreign images are told best by {how.get(name, name)}: AUROC {worst[best]:.3f} or more.")
     if (alarms := report["false alarms"].get("familiarity")) is not None:
         lines.append(f"Of the test images, {alarms:.1%} have a familiarity of {FALSE_ALARMS} or less.")
+    if promised := report["guarantees"].get("ELLA"):
+        lines += [
+            f"Sets that hold the class in {LEVEL:.0%} of cases did so in {promised['coverage']:.1%}, with "
+            f"{promised['set size']:.2f} classes on average.",
+            f"Where no more than {RISK:.0%} of the answers may be wrong, {promised['answered']:.0%} of the images are "
+            f"answered, and {promised['wrong answers']:.1%} of these wrongly.",
+        ]
     lines.append(f"Figures and report.json are in {folder}")
     return "\n".join(lines)
 
 
 def log(
-    loggers: list[Logger], results: dict, foreign: dict, folder: Path, plots: dict[str, Figure], uncertain: dict
+    loggers: list[Logger],
+    results: dict,
+    more: dict[str, dict[str, float]],
+    folder: Path,
+    plots: dict[str, Figure],
+    uncertain: dict,
 ) -> None:
     """Send the figures to every logger, the plots to those that take pictures."""
     flat = {
@@ -257,7 +293,7 @@ def log(
         for who, values in row.items()
         for name, value in values.items()
     }
-    flat |= {f"{name}/{what}": value for name, values in foreign.items() for what, value in values.items()}
+    flat |= {f"{name}/{what}": value for name, values in more.items() for what, value in values.items()}
     flat = {name.replace(" ", "_"): value for name, value in flat.items()}
     for logger in loggers:
         logger.log_metrics(flat)

@@ -36,6 +36,7 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
         "model": Net(),
         "train_loader": data.train_dataloader(),
         "unseen_loader": data.val_dataloader(),
+        "fresh_loader": data.val_dataloader(),
         **numbers(),
     }
     if "ella.predictor" in (text := "\n".join(blocks(page, "python"))) and "ELLACallback" not in text:
@@ -52,6 +53,7 @@ def numbers() -> dict:
         "network": nn.Linear(3, 1),
         "train": DataLoader(points, 50),
         "unseen": DataLoader(points, 50),
+        "fresh": DataLoader(points, 50),
         "inputs": inputs,
         "targets": points.tensors[1],
     }
