@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.functional import pad
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .batches import Inputs, Picked, num_samples, rows
 from .folding import StaleError, find_folding
@@ -72,12 +73,14 @@ class Recorder:
     Args:
         network: the network, settled, whose view is this recorder's own.
         places: where.
+        needed: those of them that must be called with all inputs; all by default. Others are then NaN.
 
     `num_folded` BatchNorms are done by the convolutions before them.
     """
 
-    def __init__(self, network: Network, places: Sequence[Place]):
+    def __init__(self, network: Network, places: Sequence[Place], needed: Collection[Place] | None = None):
         self.network, self.places = network, list(places)
+        self.needed = places if needed is None else needed
         modules = dict(network.view.root.named_modules())
         self._kept: dict[str, Any] = {}
         self._folded, self.num_folded = ExitStack(), 0
@@ -89,7 +92,7 @@ class Recorder:
         """Outputs (B, D), and the pooled activations of all places, (B, A).
 
         Raises:
-            ValueError: if a module was not called.
+            ValueError: if a module that is needed was not called.
         """
         self._kept.clear()
         try:
@@ -121,46 +124,46 @@ class Recorder:
 
     def pooled(self, inputs: Inputs, outputs: Tensor) -> Tensor:
         """Those of the last evaluation, which was with these inputs."""
-        return _pooled(self.places, self._kept, inputs, outputs)
+        return _pooled(self.places, self._kept, inputs, outputs, self.needed)
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self._kept[name] = output
 
 
 def record(network: Network, places: Sequence[Place], inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Outputs (B, D) and pooled activations (B, A) of a network that nobody else records; NaN where some are missing.
+    """Outputs (B, D) and pooled activations (B, A) of a network that nobody else records.
 
-    What it calls for some inputs it may not call for others.
+    NaN at a place that is not called with all of these inputs: what is for some may not be for others.
     """
-    modules = dict(network.view.root.named_modules())
-    wanted = {place.module for place in places}
+    modules, wanted = dict(network.view.root.named_modules()), {place.module for place in places}
     with keeping({name: module for name, module in modules.items() if name in wanted}) as kept:
         outputs = network.own(inputs)
-    try:
-        return outputs, _pooled(places, kept, inputs, outputs)
-    except ElsewhereError:
-        return outputs, outputs.new_full((len(outputs), pooled_width(places)), torch.nan)
+    return outputs, _pooled(places, kept, inputs, outputs)
 
 
-class ElsewhereError(ValueError):
-    """A module was not called with all inputs of a batch."""
+def _pooled(
+    places: Sequence[Place], kept: Mapping[str, Any], inputs: Inputs, outputs: Tensor, needed: Collection[Place] = ()
+) -> Tensor:
+    """Means over the positions of all places, and then standard deviations, (B, A).
 
-
-def _pooled(places: Sequence[Place], kept: Mapping[str, Any], inputs: Inputs, outputs: Tensor) -> Tensor:
-    """Means over the positions of all places, and then standard deviations, (B, A)."""
-    mask, nothing, moments = mask_of(inputs), outputs[:, :0], []
+    Raises:
+        ValueError: if the network did not call one of those that are needed with all inputs.
+    """
+    mask, nothing, means, deviations = mask_of(inputs), outputs[:, :0], [], []
     for place in places:
-        found = _moments(place, kept[place.module], mask) if place.module in kept else None
-        if found is None or found[0].shape != (outputs.shape[0], place.width):
-            raise ElsewhereError(f"the network does not call {place.module} for all inputs: pass layers= without it.")
-        moments.append(found)
-    means = torch.cat([nothing, *(mean for mean, _ in moments)], 1)
-    spread = [(mean, variance) for mean, variance in moments if variance is not None]
-    if not spread:
-        return means
-    own, variances = (torch.cat(parts, 1) for parts in zip(*spread, strict=True))
-    deviations = torch.where(variances > (ROUNDING * own).square(), variances, 0).sqrt()
-    return torch.cat([means, deviations], 1)
+        mean, variance = _moments(place, kept[place.module], mask) if place.module in kept else (nothing, nothing)
+        if mean.shape != (outputs.shape[0], place.width):
+            if place in needed:
+                raise ValueError(f"the network does not call {place.module} for all inputs: pass layers= without it.")
+            mean = variance = outputs.new_full((outputs.shape[0], place.width), torch.nan)
+        means.append(mean)
+        if place.positions and variance is not None:
+            deviations.append((mean, variance))
+    pooled = torch.cat([nothing, *means], 1)
+    if not deviations:
+        return pooled
+    own, variances = (torch.cat(parts, 1) for parts in zip(*deviations, strict=True))
+    return torch.cat([pooled, torch.where(variances < (ROUNDING * own).square(), 0, variances).sqrt()], 1)
 
 
 @contextmanager
@@ -243,7 +246,24 @@ def _seen(network: Network, modules: Mapping[str, nn.Module], inputs: Inputs) ->
             means = [_moments(place, look[name], mask_of(some))[0] for look, some in pairs]
             if all(_same(means[0][order], each) for order, each in zip(orders, means, strict=True)):
                 found[place] = several[0]
-    return found
+    return {place: tensor for place, tensor in found.items() if place not in _moved_by_padding(network, found, inputs)}
+
+
+def _moved_by_padding(network: Network, places: Collection[Place], inputs: Inputs) -> set[Place]:
+    """Places that tell how far token ids (B, L) are padded, in a network whose outputs do not, and without a mask."""
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if len(leaves) != 1 or leaves[0].is_floating_point() or leaves[0].ndim != 2 or mask_of(inputs) is not None:
+        return set()
+    longer = tree_map(lambda leaf: pad(leaf, (0, leaf.shape[1])) if isinstance(leaf, Tensor) else leaf, inputs)
+    try:
+        plain, padded = (record(network, [*places], each) for each in (inputs, longer))
+    except Exception:  # it takes no others
+        return set()
+    if not _same(plain[0], padded[0]):
+        return set()
+    return {
+        place for place in places if not _same(*(chosen(pooled, [place], [*places]) for _, pooled in (plain, padded)))
+    }
 
 
 def _place(name: str, leaf: int, module: nn.Module, several: Sequence[Any], orders: Sequence[Tensor]) -> Place | None:

@@ -152,13 +152,13 @@ def _recorder(
     network = Network(predictor.model, predictor.forward_function, list(predictor.basis))
     network.settle(inputs)
     familiar = [] if predictor.familiarity is None else predictor.familiarity.places
-    places = familiar if familiar and layers is None else find_places(network, inputs, layers)
+    places = find_places(network, inputs, layers)
     if len(network.output_shape or ()) > 1:
         raise ValueError(
             f"a student learns of one row of outputs an input, but this network gives {network.output_shape}: use the "
             "exact predictor."
         )
-    return Recorder(network, both(places, familiar)), places
+    return Recorder(network, both(places, familiar), places), places
 
 
 def _lecture(

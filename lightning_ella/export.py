@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from .activations import Recorder
 from .augmentation import through
 from .batches import Inputs, num_samples, rows
+from .familiarity import PARTS
 from .linearize import twice
 from .predictions import ClassPrediction, LabelPrediction, Mixture, NormalPrediction, Spread, mixed
 
@@ -100,7 +101,7 @@ class Served(nn.Module):
         if isinstance(prediction, NormalPrediction):
             away = NormalDist().inv_cdf((1 + LEVEL) / 2) * said["variance"].sqrt()
             said["lower"], said["upper"] = said["mean"] - away, said["mean"] + away
-        foreign = {name: getattr(prediction, name) for name in ("novelty", "familiarity")}
+        foreign = {name: getattr(prediction, name) for name in (*PARTS, "familiarity")}
         return said | {name: value for name, value in foreign.items() if value is not None}
 
 

@@ -7,6 +7,7 @@ any number of points, however the scores depend on each other. Ranks do not tell
 than any training point gets an addition for that.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -23,6 +24,8 @@ from .likelihoods import Likelihood
 from .predictions import Prediction
 from .residual import novelty
 
+log = logging.getLogger(__name__)
+
 PARTS = ("novelty", "distance", "energy")
 NUM_POINTS = 1000  # training points that the distance is learnt from
 MOST = 500  # unseen points that calibrate
@@ -30,7 +33,13 @@ DIRECTIONS = 100  # of the activations' covariance; the others share one varianc
 LOOKS = 4  # at some points, when the places are chosen
 FLOOR = 0.01  # of the mean standard deviation, that every activation counts as at least
 TINY = 1e-4  # of the largest variance, that every direction has at least
-FAR = 3.0  # for each e-fold that an input is farther away than all training points, beside logarithms of ranks
+FAR = 3.0  # added to Fisher's sum for each e-fold that an input is farther away than all training points
+FARTHEST = 1e15  # standard deviations; the square of more is none in float32
+# Standard deviations of the scores of points, below which they are rounding alone: energies of log-probabilities are 0,
+# as is novelty where the directions span everything.
+NOTHING = {"novelty": 1e-9, "distance": 1e-4, "energy": 1e-4}
+FEWEST = 20  # points: with fewer no input is in the last twentieth
+AT_ONCE = 4096  # inputs whose ranks are found at once
 ROUNDING = 1e-5  # of a sum of logarithms
 
 
@@ -77,12 +86,15 @@ class Distance(nn.Module):
             return None
         deviation = deviation.clamp_min(FLOOR * deviation.mean())
         values = (pooled - pooled.mean(0)) / deviation
-        _, singular, directions = torch.linalg.svd(values, full_matrices=False)
-        variances = singular.square() / len(values)
+        # Of the smaller of the two matrices that have the same eigenvalues.
+        wide = values.shape[1] > len(values)
+        variances, vectors = torch.linalg.eigh((values @ values.T if wide else values.T @ values) / len(values))
+        variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1)
         rank = max(1, min(DIRECTIONS, len(values) // 2, values.shape[1] - 1))
+        directions = nn.functional.normalize(values.T @ vectors[:, :rank], dim=0) if wide else vectors[:, :rank]
         others, floor = values.shape[1] - rank, TINY * variances[0]
         made = cls(values.shape[1], rank)
-        parts = {"mean": pooled.mean(0), "scale": 1 / deviation, "directions": directions[:rank].T}
+        parts = {"mean": pooled.mean(0), "scale": 1 / deviation, "directions": directions}
         parts |= {"variances": variances[:rank].clamp_min(floor)}
         parts |= {"rest": (variances[rank:].sum() / max(1, others)).clamp_min(floor)}
         parts |= {"farthest": made.farthest}
@@ -92,7 +104,7 @@ class Distance(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Of activations (B, A), (B,): 1 is as far as training points are on average."""
-        values = (pooled.to(self.mean) - self.mean) * self.scale
+        values = ((pooled.to(self.mean) - self.mean) * self.scale).clamp(-FARTHEST, FARTHEST)
         inside = (values @ self.directions).square()  # (B, q)
         outside = (values.square().sum(1) - inside.sum(1)).clamp_min(0)
         return ((inside / self.variances).sum(1) + outside / self.rest) / values.shape[1]
@@ -124,23 +136,34 @@ class Familiarity(nn.Module):
         n = len(scores)
         above = (self.scores.unsqueeze(1) >= self.scores).sum(0)  # (n, J): how many are as foreign, each itself, too
         before, after = (above / (n + 1)).log(), ((above + 1) / (n + 1)).log()
-        # Fisher's sum of each (n,), if a new point is less foreign, with what is added for being far away.
+        # Fisher's sum of each known point, (n,), where a new one is less foreign by all scores.
         self.register_buffer("without", self._far(self.scores) - before.sum(1))
-        self.register_buffer("steps", before - after)  # (n, J), what it changes by where the new one is as foreign
+        self.register_buffer("steps", before - after)  # (n, J), what a new one adds to it that is as foreign by a score
 
     @classmethod
     def calibrated(cls, places: Sequence[Place], distance: Distance | None, scores: Tensor) -> Self | None:
         """With ranks among n points of scores (n, 3), those of `PARTS`; None if there is none to go by."""
-        there = scores.isfinite().any(0)
-        parts = [name for name, is_there in zip(PARTS, there.tolist(), strict=True) if is_there]
+        known = _some(scores[:, ~scores.isnan().all(0)])
+        there = (~scores.isnan()).any(0)
+        there[there.clone()] = known.std(0) > torch.tensor([NOTHING[n] for n in _of(PARTS, there)]).to(known)
+        parts = _of(PARTS, there)
         places, distance = (places, distance) if "distance" in parts else ([], None)
         known = _some(scores[:, there])
-        return cls(places, distance, parts, known) if known.numel() else None
+        return cls(places, distance, parts, known).warned() if known.numel() else None
+
+    def warned(self) -> Self:
+        """Say so if there are too few points."""
+        if (count := len(self.scores)) < FEWEST:
+            log.warning(
+                "ELLA: familiarity is calibrated on %d unseen points, so it is never below %.2g: pass %d or more.",
+                *(count, 1 / (count + 1), FEWEST),
+            )
+        return self
 
     def among(self, scores: Tensor) -> Self:
         """The same parts, with ranks among other points, of scores (n, J); as it is if there are none."""
         known = _some(scores)
-        return type(self)(self.places, self.distance, self.parts, known) if len(known) else self
+        return type(self)(self.places, self.distance, self.parts, known).warned() if len(known) else self
 
     def forward(self, scores: Tensor) -> Tensor:
         """The share of familiar points that look at least as foreign, (B,) in (0, 1]; NaN where a score (B, J) is."""
@@ -164,7 +187,11 @@ class Familiarity(nn.Module):
         known = scores(looks, self.distance, likelihood)
         for name, score in known.items():
             setattr(prediction, name, score)
-        prediction.familiarity = self(torch.stack([known[name] for name in self.parts], 1))
+        foreign = torch.stack([known[name] for name in self.parts], 1)  # (B, J)
+        if isinstance(foreign.shape[0], int) and len(foreign) > AT_ONCE:  # not where a program is written
+            prediction.familiarity = torch.cat([self(part) for part in foreign.split(AT_ONCE)])
+        else:
+            prediction.familiarity = self(foreign)
 
     def described(self) -> dict[str, Any]:
         """What a file says of it, beside its tensors."""
@@ -214,24 +241,36 @@ class Judge:
         distance: from those of the training points, if there are any.
         likelihood: what the outputs mean.
         views: through which the inputs are looked at.
+        has_novelty: whether novelty is what it will be in a prediction.
     """
 
     places: Sequence[Place]
     distance: Distance | None
     likelihood: Likelihood
     views: Sequence[OneView | None]
+    has_novelty: bool = True
 
     def __call__(self, linearization: Linearization, inputs: Inputs, features: Sequence[Tensor], rank: int) -> Tensor:
         """Scores (B, 3) in the order of `PARTS`, NaN for one that there is not, from features of each view."""
         looks = look_at(linearization, self.places, inputs, self.views, features, rank, self.likelihood)
         known = scores(looks, self.distance, self.likelihood)
         missing = features[0].new_full((len(features[0]),), torch.nan)
+        known |= {} if self.has_novelty else {"novelty": missing}
         return torch.stack([known.get(name, missing) for name in PARTS], 1)
+
+
+def _of(names: Sequence[str], there: Tensor) -> list[str]:
+    return [name for name, is_there in zip(names, there.tolist(), strict=True) if is_there]
+
+
+def mean_of(parts: Sequence[Tensor]) -> Tensor:
+    """Over the views."""
+    return parts[0] if len(parts) == 1 else torch.stack([*parts]).mean(0)
 
 
 def _some(scores: Tensor) -> Tensor:
     """As many as are needed of those that are known, at random."""
-    scores = scores[scores.isfinite().all(1)]
+    scores = scores[~scores.isnan().any(1)]
     chosen = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0))[:MOST]
     return scores[chosen.to(scores.device)]
 
@@ -244,14 +283,19 @@ def scores(looks: Sequence[Look], distance: Distance | None, likelihood: Likelih
         found["distance"] += [] if distance is None else [distance(look.pooled)]
         energy = likelihood.energy(look.outputs)
         found["energy"] += [] if energy is None else [energy]
-    one = len(looks) == 1
-    return {name: each[0] if one else torch.stack(each).mean(0) for name, each in found.items() if each}
+    return {name: mean_of(each) for name, each in found.items() if each}
 
 
 def some_places(linearization: Linearization, inputs: Inputs) -> list[Place]:
-    """Where the activations are; none where samples cannot be told apart."""
+    """Where the activations are; none where samples cannot be told apart, or cannot be looked at in other numbers."""
     few = rows(inputs, linearization.recordable(inputs, LOOKS)[0])
-    return [] if isinstance(few, Picked) or num_samples(few) < 2 else find_places(linearization.network, few)
+    if isinstance(few, Picked) or num_samples(few) < 2:
+        return []
+    try:
+        return find_places(linearization.network, few)
+    except Exception as error:
+        log.info("ELLA: familiarity goes without the distance of activations, which cannot be looked at: %s", error)
+        return []
 
 
 def activations(linearization: Linearization, places: Sequence[Place], inputs: Inputs) -> list[Tensor]:

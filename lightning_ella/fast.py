@@ -15,7 +15,7 @@ from .activations import Place, Recorder, both, chosen, pooled_width
 from .augmentation import Views, restored, seen
 from .batches import Inputs, as_tree, call, constant, plain
 from .export import export
-from .familiarity import Familiarity, Look
+from .familiarity import Familiarity, Look, mean_of
 from .guarantee import Guarantee
 from .head import Head, compare
 from .likelihoods import LIKELIHOODS
@@ -25,7 +25,7 @@ from .predictions import Gaussian, mixed
 from .settings import Settings
 from .student import Said, Student, Translation
 
-FORMAT = "lightning-ella-fast 2"
+FORMAT = "lightning-ella-fast 1"
 _FAMILIAR, _GUARANTEE = "familiarity.", "guarantee."  # what the names of their tensors begin with
 
 
@@ -115,11 +115,10 @@ class FastPredictor(Head):
         temperature = self.translation.temperature.to(looks[0][0])
         prediction = self.likelihood.predict(mixed(parts), self.settings["predictive"], temperature)
         prediction.axis, prediction.guarantee = -1 if self.output_shape else None, self.guaranteed
-        if self.student.has_outside:
-            foreign = torch.stack([said.novelty.squeeze(1).sigmoid() for said in answers]).mean(0)
-            prediction.novelty = foreign.to(temperature)
         if self.familiarity is not None:
             self.familiarity.tell(prediction, self.looks(looks, answers), self.likelihood)
+        elif self.student.has_outside:
+            prediction.novelty = mean_of([said.novelty.squeeze(1).sigmoid() for said in answers])
         return prediction
 
     def say(self, pooled: Tensor, outputs: Tensor) -> Said:
@@ -204,7 +203,8 @@ class FastPredictor(Head):
 
         def accept(metadata: dict[str, str], shapes: artefact.Shapes) -> None:
             try:
-                known = {name: json.loads(metadata[name]) for name in _DESCRIBED}
+                known = {name: json.loads(metadata[name]) for name in _DESCRIBED if name != "familiar"}
+                known["familiar"] = json.loads(metadata.get("familiar", "null"))
                 theirs = {name: str(known["fingerprint"][name]) for name in ("network", "weights")}
                 known["counted"] = [str(name) for name in known["counted"]]
                 known["places"] = [Place.checked(*place) for place in known["places"]]
@@ -298,7 +298,7 @@ class FastPredictor(Head):
         network = Network(self.model, self.forward_function, names, cast=cast)
         network.settle(inputs)
         network.output_shape = self.output_shape
-        return Recorder(network, self.all_places)
+        return Recorder(network, self.all_places, self.places)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

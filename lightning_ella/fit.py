@@ -251,6 +251,8 @@ def run(
                 with world.together("the points apart"):
                     points, seeds = visit(held_out, held_out.arranged(apart), "points apart"), [0] * len(apart)
                     judged = _cached(linearization, points, basis, example, likelihood, seeds, **how_seen)
+                if int(world.sum(torch.tensor(len(judged.targets)))) < FEWEST_APART:  # with labels
+                    judged = unseen
             familiarity = None if judge is None else _familiarity(judge, judged, linearization.device, world)
             near = others if (settings.top_outputs or MOST) < example.shape[-1] - 1 else None  # where some are lost
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, near, world)
@@ -597,9 +599,11 @@ def _judge(
     if len(linearization.network.output_shape or ()) > 1:
         return None
     numbers = train.arranged(draw(NUM_ACTIVATIONS, train.numbers, torch.Generator().manual_seed(settings.seed)))
-    with world.together("the activations"):
+    with world.together("the places of activations"):
         few = max(train.at_once(train.numbers[:POINTS], linearization.device), key=lambda one: num_samples(one.inputs))
-        places = some_places(linearization, few.inputs)
+        found = some_places(linearization, few.inputs) if world.first else []
+    places = world.object_from_first(found)
+    with world.together("the activations"):
         batches = visit(numbers, "activations") if places else ()
         parts = [pooled for batch in batches for pooled in activations(linearization, places, Batch(*batch).inputs)]
         mine = torch.cat([torch.zeros(0, pooled_width(places)), *parts])
@@ -609,7 +613,8 @@ def _judge(
     distance = world.object_from_first(distance)
     if distance is not None:
         distance = distance.to(linearization.device)
-    return Judge(places, distance, likelihood, (None, *settings.views))
+    # With top_outputs= novelty depends on the temperature, which is not chosen yet.
+    return Judge(places, distance, likelihood, (None, *settings.views), has_novelty=settings.top_outputs is None)
 
 
 def _familiarity(judge: Judge, judged: Observations, device: torch.device, world: World) -> Familiarity | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -28,7 +29,7 @@ from .distil import MOST_TUNED, NUM_POINTS, distil
 from .distributed import World
 from .engine import Linearization
 from .evidence import Evidence, measure
-from .familiarity import Familiarity, look_at
+from .familiarity import Familiarity, look_at, mean_of
 from .fast import FastPredictor
 from .guarantee import Guarantee, Spent
 from .head import Head, compare
@@ -44,6 +45,8 @@ from .residual import novelty, with_probes
 from .settings import Settings, at_least_one
 from .top import Selection
 
+log = logging.getLogger(__name__)
+
 FORMAT = "lightning-ella 5"
 MAX_HELD = 100_000  # points of a stream that are learnt from at once
 MAX_DRAWN = 2**28  # numbers S (K + m): a file may not ask for more
@@ -52,7 +55,7 @@ MAX_DRAWN = 2**28  # numbers S (K + m): a file may not ask for more
 class ELLAPredictor(Head):
     """A trained network that knows how sure it is.
 
-    Calling it with a batch of inputs gives a prediction with `probs`, `entropy`, `mutual_information`, `novelty`,
+    Calling it with a batch of inputs gives a prediction with `probs`, `entropy`, `mutual_information`, `familiarity`,
     `logits_mean` and `logits_covariance`. The same input always gets the same answer: the Monte Carlo draws are fixed
     by `seed` and shared by all inputs.
 
@@ -165,9 +168,9 @@ class ELLAPredictor(Head):
             prediction.axis, prediction.guarantee = self.axis, self.guaranteed
             if kept is not None and isinstance(prediction, ClassPrediction):
                 prediction.indices = kept.indices
-            if features.shape[-1] > self.rank:
+            if self.familiarity is None and features.shape[-1] > self.rank:
                 foreign = [novelty(along, self.rank, centred=self.likelihood.invariant) for _, along, _ in looks]
-                prediction.novelty = torch.stack(foreign).mean(0)
+                prediction.novelty = mean_of(foreign)
             if self.familiarity is not None:
                 linearization = self._here()
                 own = self._own_inputs(inputs, linearization)
@@ -475,7 +478,7 @@ class ELLAPredictor(Head):
                 if _SPENT in shapes and (shapes[_SPENT][0] != "I64" or len(shapes[_SPENT][1]) != 1):
                     raise ValueError(f"no numbers of points: {shapes[_SPENT]}")
                 described["identity_of_spent"] = metadata.get(_SPENT, "")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a posterior ({error}): write it again.") from error
             compare(theirs, model, counted, f"the posterior in {path}", origin)
             settings["views"] = restored(names, views)
@@ -493,7 +496,14 @@ class ELLAPredictor(Head):
             raise ValueError(f"{path} has a variance that is not positive: fit again.")
         if afterwards := artefact.named(tensors, _LEARNT):
             described["learnt"] = Learnt.of(afterwards, **learnt)
-        if familiar:
+        modules = {name for name, _ in model.named_modules()}
+        if missing := [place[0] for place in familiar.get("places", ()) if place[0] not in modules]:
+            log.warning(
+                "ELLA: predictions have no familiarity, since that in %s looks at %r, which the network has not: fit "
+                "again, or give that module its name back.",
+                *(path, missing[0]),
+            )
+        elif familiar:
             described["familiarity"] = Familiarity.restored(familiar, artefact.named(tensors, _FAMILIAR))
         if promised := artefact.named(tensors, _GUARANTEE):
             described["guaranteed"] = Guarantee(**{name: value.cpu() for name, value in promised.items()})

@@ -79,5 +79,7 @@ def novelty(features: Tensor, rank: int, *, centred: bool = True) -> Tensor:
     detection.
     """
     features = features - features.mean(-2, keepdim=True) if centred else features
-    squares = features.flatten(1, -2).square().sum(1)  # (B, K + m)
+    flat = features.flatten(1, -2)
+    flat = flat / flat.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)  # squares overflow
+    squares = flat.square().sum(1)  # (B, K + m)
     return squares[:, rank:].sum(1) / squares.sum(1).clamp_min(torch.finfo(squares.dtype).tiny)

@@ -1,5 +1,6 @@
 """Familiarity: a p-value that is one, of parts that are what they are called; in every file, program and process."""
 
+import logging
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
@@ -18,7 +19,7 @@ from test_other_likelihoods import problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ella import LIKELIHOODS, ELLAPredictor, FastPredictor, Settings, fit, fit_ella
+from lightning_ella import LIKELIHOODS, ELLAPredictor, FastPredictor, Settings, familiarity, fit, fit_ella
 from lightning_ella.activations import Place, both, chosen
 from lightning_ella.familiarity import DIRECTIONS, PARTS, Distance, Familiarity
 
@@ -204,6 +205,7 @@ def test_of_fresh_points_one_in_twenty_is_called_foreign(name: str):
     predictor = fit_ella(model, train, unseen, likelihood=likelihood, **options)
     x = fresh(1500)
     for ask, count in ((predictor, 300), (predictor.distil(unseen), 100)):
+        assert len(ask.familiarity.scores) == count  # a student goes by what it says itself
         found = torch.cat([ask(part).familiarity for part in x.split(500)])
         assert found.min() > 0
         assert found.max() <= 1
@@ -348,6 +350,7 @@ def test_activations_are_found_among_those_of_more_places():
         ("scores", torch.zeros(0, 3)),
         ("distance.mean", torch.zeros(1)),
         ("distance.mean", None),
+        ("scores", torch.zeros(())),
         ("distance.directions", torch.zeros(2, 2)),
         ("more", torch.zeros(1)),
     ],
@@ -369,3 +372,146 @@ def test_predictions_can_be_moved_field_by_field():
     predictor, x, _ = small()
     names = {field.name for field in fields(predictor(x))}
     assert {"familiarity", *PARTS} <= names
+
+
+# What is no score, and what is far -----------------------------------------------------------------------------------
+
+
+def test_what_is_farther_than_all_training_points_is_more_foreign_the_farther():
+    torch.manual_seed(0)
+    distance = Distance.of(torch.randn(200, 5))
+    known = torch.stack([torch.rand(99), distance(torch.randn(99, 5)), torch.rand(99)], 1)
+    made = Familiarity([Place("a", 0, 0, 1, 5, False)], distance, PARTS, known)
+    far = torch.tensor([[0.0, float(distance.farthest) * by, 0.0] for by in (1, 100, 1e6)])  # by one score alone
+    found = made(far)
+    assert found[0] > 0.05
+    assert found[0] > found[1] >= found[2] == pytest.approx(0.01)
+    torch.testing.assert_close(distance.beyond(distance.farthest * torch.tensor([0.5, 1, torch.e])), torch.eye(3)[2])
+
+
+@pytest.mark.parametrize("size", [1e10, 1e18, 1e30])
+def test_what_is_very_far_has_the_least_and_not_nothing(size: float):
+    model, train, unseen, fresh, _ = trained("perceptron")
+    predictor = fit_ella(model, train, unseen, num_landmarks=50, rank=4)
+    for ask in (predictor, predictor.distil(unseen)):
+        assert ask(size * fresh(10)).familiarity.max() < 0.05
+
+
+def test_rounding_is_no_score():
+    model, train, unseen, fresh, _ = trained("perceptron")
+    certain = nn.Sequential(model, nn.LogSoftmax(-1))  # whose energy is 0
+    predictor, x = fit_ella(certain, train, unseen, num_landmarks=50, rank=4), fresh(40)
+    assert predictor.familiarity.parts == PARTS[:2]
+    alone = torch.cat([predictor(one).familiarity for one in x.split(1)])
+    assert (alone - predictor(x).familiarity).abs().max() < 3 / 300
+    points = loader(torch.randn(100, 3), torch.randn(100, 1))
+    spanned = fit_ella(nn.Linear(3, 1), points, points, likelihood="regression", num_landmarks=40, rank=4, residual=4)
+    assert spanned(torch.randn(5, 3)).familiarity is None  # the directions span all parameters
+
+
+class Words(nn.Module):
+    """A reader that leaves padding out by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        there = (tokens != 0).unsqueeze(-1)
+        return self.head((self.body(self.embed(tokens)).relu() * there).sum(1) / there.sum(1).clamp_min(1))
+
+
+def test_padding_that_the_outputs_do_not_see_is_not_seen():
+    torch.manual_seed(0)
+    lengths = torch.randint(2, 13, (200, 1))
+    x = torch.randint(1, 20, (200, 12)) * (torch.arange(12) < lengths)
+    points = loader(x, torch.randint(3, (200,)))
+    predictor = fit_ella(Words(), points, points, num_landmarks=50, rank=4)
+    assert predictor.familiarity.distance is None
+    short = x[lengths.squeeze() <= 6]
+    for ask in (predictor, predictor.distil(points)):
+        assert (ask(short).familiarity - ask(short[:, :6]).familiarity).abs().max() < 3 / 50
+
+
+def test_a_branch_that_a_student_does_not_look_at_costs_it_nothing_else():
+    torch.manual_seed(0)
+    x, y = torch.randn(120, 3), torch.randint(3, (120,))
+    points = loader(x, y, size=20)
+    predictor = fit_ella(Skips(), points, points, **OPTIONS)
+    fast = predictor.distil(points, layers=["body"])
+    assert fast(x[:40]).familiarity.isfinite().all()
+    assert fast(x).familiarity.isnan().all()
+    assert fast(x).probs.isfinite().all()
+
+
+class PickyAboutNumbers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 7:
+            raise RuntimeError("no seven")
+        return self.body(x)
+
+
+def test_a_network_that_cannot_be_looked_at_is_fitted_as_before(caplog: pytest.LogCaptureFixture):
+    points = loader(vectors(torch.arange(60) % 3), torch.arange(60) % 3)
+    with caplog.at_level(logging.INFO, "lightning_ella"):
+        predictor = fit_ella(PickyAboutNumbers(), points, points, num_landmarks=40, rank=4)
+    assert "goes without the distance of activations, which cannot be looked at: no seven" in caplog.text
+    assert predictor.familiarity.parts == ("novelty", "energy")
+
+
+def test_few_points_are_named_and_those_without_labels_are_not_counted(caplog: pytest.LogCaptureFixture):
+    model, train, unseen, _, _ = trained("perceptron")
+    x, y = (torch.cat(part) for part in zip(*unseen, strict=True))
+    y[30:] = -100
+    options = {"num_landmarks": 50, "rank": 4}
+    predictor = fit_ella(model, train, loader(x, y), num_calibration=250, num_apart=20, **options)
+    assert predictor.guaranteed is None
+    assert len(predictor.familiarity.scores) > 20
+    with caplog.at_level(logging.WARNING, "lightning_ella"):
+        fit_ella(model, train, loader(x[:9], y[:9]), **options)
+    assert "familiarity is calibrated on 9 unseen points, so it is never below 0.1" in caplog.text
+
+
+def test_with_the_likeliest_outputs_it_goes_without_what_hangs_on_the_temperature():
+    model, train, unseen, fresh, _ = trained("perceptron")
+    predictor = fit_ella(model, train, unseen, num_landmarks=50, rank=4, top_outputs=1)
+    assert predictor.familiarity.parts == ("distance", "energy")
+    out = predictor(fresh(500))
+    assert out.novelty is not None
+    assert abs(float((out.familiarity <= 0.2).double().mean()) - 0.2) < 0.08
+
+
+class Named(nn.Module):
+    def __init__(self, named: bool):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        if named:
+            self.act = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(getattr(self, "act", torch.tanh)(self.body(x)))
+
+
+def test_a_module_that_lost_its_name_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    torch.manual_seed(0)
+    model, other = Named(True), Named(False)
+    other.load_state_dict(model.state_dict())
+    points = loader(vectors(torch.arange(60) % 3), torch.arange(60) % 3)
+    predictor = fit_ella(model, points, points, num_landmarks=40, rank=4)
+    path, x = predictor.save(tmp_path / "posterior"), next(iter(points))[0]
+    with caplog.at_level(logging.WARNING, "lightning_ella"):
+        loaded = ELLAPredictor.load(path, other)
+    assert "looks at 'act', which the network has not" in caplog.text
+    assert loaded(x).familiarity is None
+    torch.testing.assert_close(loaded(x).probs, predictor(x).probs)
+
+
+def test_many_inputs_are_ranked_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    predictor, x, _ = small()
+    expected = predictor(x).familiarity
+    monkeypatch.setattr(familiarity, "AT_ONCE", 7)
+    torch.testing.assert_close(predictor(x).familiarity, expected, rtol=0, atol=0)
