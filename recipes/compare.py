@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import hydra
 import torch
@@ -19,22 +20,26 @@ from benchmark import memory
 from build import build_network
 from corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from data import Images, some
+from detectors import DETECTORS, Score
 from features import cache
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from report import FIGURES, classification_figures, told
 from rich.console import Console
 from rich.table import Table
-from rivals import RIVALS, NotApplicable, Predict, Task, ensemble
+from rivals import RIVALS, NotApplicable, Predict, Task, ensemble, temperature_scaling
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lightning_ella import ELLAPredictor, fit_ella
+from lightning_ella import ELLAPredictor, FastPredictor, fit_ella
+from lightning_ella.familiarity import PARTS
 from lightning_ella.likelihoods import Classification
 from lightning_ella.plots import calibration_under_shift, reliability_diagram, risk_coverage
 from lightning_ella.posterior import SCALES, Posterior, calibrate, minimise
@@ -55,17 +60,47 @@ ABLATION: dict[str, dict[str, float | None]] = {  # what is fixed; the rest is t
 }
 
 Sets = dict[str, tuple[Tensor, Tensor]]  # "test", "<corruption>/<severity>", "foreign/<name>" -> images, targets
-Score = Callable[[Tensor], Tensor]  # images -> how foreign they look, (B,)
+STRONGEST = f"/{max(SEVERITIES)}"  # what the names of the strongest corruptions end with
 
 
-def network(config: DictConfig, data: Images, seed: int) -> LightningModule:
-    """A network as it is in its checkpoint, or trained."""
+def network(config: DictConfig, data: Images, seed: int, file: Path | None = None, **options: Any) -> LightningModule:
+    """A network as it is in its checkpoint, or trained; one that is kept is trained once.
+
+    Args:
+        config: says which.
+        data: to train with.
+        seed: of the training.
+        file: where it is read from, or written to.
+        **options: of the Trainer.
+    """
     seed_everything(seed, verbose=False)
     module = build_network(config, data)
-    if config.trainer.max_epochs:
-        trainer = instantiate(config.trainer, logger=False, enable_checkpointing=False)
+    if file is not None and file.exists():
+        load_model(module.network, str(file))
+    elif config.trainer.max_epochs:
+        trainer = instantiate(config.trainer, logger=False, enable_checkpointing=False, **options)
         trainer.fit(module, data)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_model(module.network, str(file))
     return module.eval()
+
+
+def others(config: DictConfig, data: Images, seed: int) -> tuple[list[LightningModule], list[LightningModule]]:
+    """The ensemble's other members, and a network whose weights are averaged; none where none is trained."""
+    if not config.ensemble or not config.trainer.max_epochs:
+        return [], []
+    members = [
+        network(config, data, other, kept(config, f"seed-{other}")) for other in range(seed + 1, seed + config.ensemble)
+    ]
+    averaging = StochasticWeightAveraging(swa_lrs=config.swa_lr)
+    averaged = network(config, data, seed, kept(config, f"averaged-{seed}"), callbacks=[averaging])
+    return members, [averaged]
+
+
+def kept(config: DictConfig, name: str) -> Path:
+    """The file of a network that is trained once."""
+    return Path(config.members or Path(HydraConfig.get().runtime.output_dir) / "members") / f"{name}.safetensors"
 
 
 def evaluation_sets(data: Images, config: DictConfig) -> Sets:
@@ -129,8 +164,10 @@ def without_probes(predictor: ELLAPredictor) -> ELLAPredictor:
     return ELLAPredictor(predictor.model, basis=basis, settings=predictor.settings | {"residual": 0}, **parts)
 
 
-def fit_all(config: DictConfig, module: LightningModule, data: Images, seed: int) -> tuple[dict, dict, Score]:
-    """Every method's predictions, and what its fit took; and this package's score of foreign images."""
+def fit_all(
+    config: DictConfig, module: LightningModule, data: Images, seed: int
+) -> tuple[dict[str, Predict], dict, dict[str, Score]]:
+    """Every method's predictions, and what its fit took; and scores of foreign images, by name."""
     points = some(data.holdout, config.num_calibration, seed)
     held_out = DataLoader(points, batch_size=64)
     task = Task(deepcopy(module), data.ella_train_dataloader(), held_out, seed, config.num_train)
@@ -140,23 +177,55 @@ def fit_all(config: DictConfig, module: LightningModule, data: Images, seed: int
             predictions[name], costs[name] = measured(lambda name=name: RIVALS[name](task))
         except NotApplicable as error:
             print(f"{name}: {error}")
-    if config.ensemble and config.trainer.max_epochs:
-        train = lambda: [network(config, data, seed + 1 + i) for i in range(config.ensemble - 1)]  # noqa: E731
-        others, costs["deep ensemble"] = measured(train)
-        predictions["deep ensemble"] = ensemble([module, *others])
+    views = list(data.views)
+    if views:
+        name = f"temperature scaling, {1 + len(views)} views"
+        predictions[name], costs[name] = measured(lambda: temperature_scaling(task, views))
+    (members, averaged), cost = measured(lambda: others(config, data, seed))
+    for each in averaged:
+        task_of_it = replace(task, model=each)
+        predictions["weight averaging, temperature"] = temperature_scaling(task_of_it)
+    if members:
+        costs["deep ensemble"] = cost
+        predictions["deep ensemble"] = ensemble([module, *members])
+        predictions["deep ensemble, temperature"] = temperature_scaling(task, models=[module, *members])
     settings = {**config.ella, "seed": seed, "num_calibration": None}
     del settings["_target_"]
     known = {n: v for n, v in settings.items() if n not in ("weights", "resume", "on_error", "path", "distil", "views")}
     fit = lambda: fit_ella(deepcopy(module), task.train, held_out, **known)  # noqa: E731
     predictor, costs[OURS] = measured(fit)
     predictions[OURS] = lambda images: predictor(images).probs
+    fast, costs[f"{OURS}, student"] = measured(lambda: predictor.distil(held_out))
+    predictions[f"{OURS}, student"] = lambda images: fast(images).probs
+    if views:
+        name = f"{OURS}, student, {1 + len(views)} views"
+        looking, costs[name] = measured(
+            lambda: fit_ella(deepcopy(module), task.train, held_out, views=views, **known).distil(held_out)
+        )
+        predictions[name] = lambda images: looking(images).probs
     own = Own(predictor, held_out)
     predictions |= {name: own.variant(given) for name, given in ABLATION.items()}
     predictions["ELLA as in the paper"] = Own(without_probes(predictor), held_out).variant(PAPER)
     predictions["prior by marginal likelihood"] = own.variant(by_evidence(predictor, task))
     functions = predictor.sample_functions(NUM_FUNCTIONS, seed)
     predictions[f"{NUM_FUNCTIONS} sampled functions"] = lambda images: functions(images).softmax(-1).mean(0)
-    return predictions, costs, lambda images: predictor(images).novelty
+    return predictions, costs, detectors(task, predictor, fast)
+
+
+def detectors(task: Task, predictor: ELLAPredictor, fast: FastPredictor) -> dict[str, Score]:
+    """Those of others, and this package's with its parts."""
+    found: dict[str, Score] = {}
+    for name in DETECTORS:
+        try:
+            found[name] = DETECTORS[name](task)
+        except NotApplicable as error:
+            print(f"{name}: {error}")
+    for part in PARTS:
+        found[f"{OURS}, student, {part}"] = lambda images, part=part: getattr(fast(images), part)
+    found[f"{OURS}, student, familiarity"] = lambda images: -fast(images).familiarity
+    found[f"{OURS}, novelty"] = lambda images: predictor(images).novelty
+    found[f"{OURS}, familiarity"] = lambda images: -predictor(images).familiarity
+    return found
 
 
 def by_evidence(predictor: ELLAPredictor, task: Task) -> dict[str, float | None]:
@@ -201,10 +270,10 @@ def times(predictions: dict[str, Predict], model: torch.nn.Module, images: Tenso
     return {name: sorted(taken)[1] / sorted(seconds["F"])[1] for name, taken in seconds.items() if name != "F"}
 
 
-def predict_all(predictions: dict[str, Predict], score: Score, sets: Sets) -> tuple[dict, dict]:
-    """Probabilities, method -> set -> (n, C), and this package's score of foreign images, set -> (n,)."""
+def predict_all(predictions: dict[str, Predict], detectors: dict[str, Score], sets: Sets) -> tuple[dict, dict]:
+    """Probabilities, method -> set -> (n, C), and scores of foreign images, detector -> set -> (n,)."""
     probs: dict[str, dict[str, Tensor]] = {name: {} for name in predictions}
-    scores: dict[str, Tensor] = {}
+    scores: dict[str, dict[str, Tensor]] = {name: {} for name in detectors}
     for key, (images, _) in tqdm(sets.items(), desc="sets of images"):
         parts: dict[str, list[Tensor]] = {name: [] for name in predictions}
         for batch in images.split(BATCH):
@@ -212,8 +281,9 @@ def predict_all(predictions: dict[str, Predict], score: Score, sets: Sets) -> tu
                 parts[name].append(predict(batch))
         for name, found in parts.items():
             probs[name][key] = torch.cat(found)
-        if key == "test" or key.startswith("foreign"):
-            scores[key] = torch.cat([score(batch) for batch in images.split(64)])
+        if key == "test" or key.startswith("foreign") or key.endswith(STRONGEST):
+            for name, score in detectors.items():
+                scores[name][key] = torch.cat([score(batch) for batch in images.split(64)])
     return probs, scores
 
 
@@ -223,13 +293,19 @@ def figures_of(probs: dict[str, Tensor], sets: Sets, keys: list[str]) -> dict[st
 
 
 def detection(scores: dict[str, Tensor]) -> dict[str, float]:
-    """AUROC and FPR95 of each foreign set against the test images, from a score for each image."""
-    return {
+    """AUROC and FPR95 of each foreign set against the test images, from a score for each image.
+
+    And the AUROC of the strongest corruptions, the mean over them.
+    """
+    found = {key: told(scores["test"], others) for key, others in scores.items() if key != "test"}
+    foreign = {
         f"{what} {key.removeprefix('foreign/')}": value
-        for key, foreign in scores.items()
-        if key != "test"
-        for what, value in told(scores["test"], foreign).items()
+        for key, values in found.items()
+        if key.startswith("foreign/")
+        for what, value in values.items()
     }
+    corrupted = [values["AUROC"] for key, values in found.items() if key.endswith(STRONGEST)]
+    return foreign | ({"AUROC corrupted": mean(corrupted)} if corrupted else {})
 
 
 def losses_of(probs: dict[str, dict[str, Tensor]], sets: Sets, keys: list[str]) -> dict[str, Tensor]:
@@ -260,14 +336,14 @@ def bootstrap(losses: list[dict[str, Tensor]], count: int) -> dict[str, list[flo
 
 def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets, seed: int) -> tuple[dict, dict, dict]:
     """Of one seed: figures, method -> group -> name -> value; probabilities; losses, group -> method -> (n,)."""
-    predictions, costs, score = fit_all(config, module, data, seed)
-    probs, scores = predict_all(predictions, score, sets)
+    predictions, costs, detectors = fit_all(config, module, data, seed)
+    probs, scores = predict_all(predictions, detectors, sets)
     corrupted = [key for key in sets if key != "test" and not key.startswith("foreign")]
     by_severity = [[key for key in corrupted if key.endswith(f"/{severity}")] for severity in SEVERITIES]
-    taken = times(predictions, module, sets["test"][0][:64])
+    taken = times(predictions | detectors, module, sets["test"][0][:64])
     rows: dict[str, dict] = {}
     for name, found in probs.items():
-        entropies = {key: entropy(found[key]) for key in found if key not in corrupted}
+        entropies = {key: entropy(found[key]) for key in found if key not in corrupted or key.endswith(STRONGEST)}
         clean, *shifted = (figures_of(found, sets, keys) for keys in (["test"], *by_severity))
         rows[name] = {
             "test": clean,
@@ -276,7 +352,7 @@ def study(config: DictConfig, module: LightningModule, data: Images, sets: Sets,
             "cost": {"F": taken[name], **costs.get(name, {})},
             "ECE by severity": [row["ece"] for row in (clean, *shifted)],
         }
-    rows[f"{OURS}, by novelty"] = {"foreign": detection(scores)}
+    rows |= {f"by {name}": {"foreign": detection(scores[name]), "cost": {"F": taken[name]}} for name in detectors}
     losses = {"test": losses_of(probs, sets, ["test"]), "corrupted": losses_of(probs, sets, corrupted)}
     return rows, probs, losses
 
@@ -287,7 +363,7 @@ def show(runs: list[dict], over_ours: dict[str, dict], console: Console, config:
         "test": f"{config.num_test:,} test images",
         "corrupted": f"{config.num_corrupted} test images under {len(config.corruptions or CORRUPTIONS)} corruptions, "
         "mean of 5 severities",
-        "foreign": "Foreign images, told by the entropy of the probabilities",
+        "foreign": "Foreign images and the strongest corruptions, told by the entropy of probabilities or by a score",
         "cost": "Fit (s), memory of the fit (bytes), prediction (F)",
     }
     for group, title in titles.items():
@@ -327,7 +403,7 @@ def main(config: DictConfig) -> None:
     """Fit, compare, print; write compare.json and three pictures, and log them to W&B."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     data: Images = instantiate(config.data)
-    module = network(config, data, config.seed)
+    module = network(config, data, config.seed, kept(config, f"seed-{config.seed}") if config.members else None)
     data.setup("fit")
     sets = evaluation_sets(data, config)
     runs, losses, probs = [], [], {}

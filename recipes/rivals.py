@@ -78,11 +78,14 @@ class Task:
 
     @cached_property
     def part(self) -> DataLoader:
-        """`num_train` training points, drawn at random, in small batches."""
+        """`num_train` training points, in small batches."""
+        return self.points(self.num_train)
+
+    def points(self, count: int) -> DataLoader:
+        """Training points, drawn at random, in small batches."""
         dataset: Any = self.train.dataset
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed))
-        chosen = Subset(dataset, order[: self.num_train].tolist())
-        return DataLoader(chosen, BATCH, collate_fn=self.train.collate_fn)
+        return DataLoader(Subset(dataset, order[:count].tolist()), BATCH, collate_fn=self.train.collate_fn)
 
 
 def jacobians(model: nn.Module, inputs: Tensor, outputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -175,11 +178,15 @@ def certain(task: Task) -> Predict:
 
 
 @torch.no_grad()
-def temperature_scaling(task: Task, views: Sequence[str] = ()) -> Predict:
-    """One temperature for all logits (Guo et al. 2017); with views the mean of the probabilities of each."""
+def temperature_scaling(task: Task, views: Sequence[str] = (), models: Sequence[nn.Module] = ()) -> Predict:
+    """One temperature for all logits (Guo et al. 2017); with views, or models, the mean of the probabilities of each.
+
+    So it is tuned for the mean, as an ensemble's must be (Rahaman and Thiery 2021).
+    """
 
     def looks(inputs: Tensor) -> Tensor:  # (B, V, C)
-        return torch.stack([task.model(seen(inputs, view)) for view in (None, *views)], 1)
+        asked = [seen(inputs, view) for view in (None, *views)]
+        return torch.stack([model(each) for model in models or [task.model] for each in asked], 1)
 
     parts = [(looks(inputs), targets) for inputs, targets in task.held_out]
     logits, targets = (torch.cat(part) for part in zip(*parts, strict=True))

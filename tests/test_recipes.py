@@ -151,9 +151,17 @@ def test_the_study_compares_rivals_and_ablations_and_writes_what_it_found(folder
     (made,), printed = start("compare.py", folder, *network, *sizes, *QUICK)
     figures = json.loads((made / "compare.json").read_text())
     rows = figures["1"]
-    assert {"MAP", "temperature scaling", "MC dropout", "deep ensemble", "lightning-ella"} < set(rows)
+    wanted = {"MAP", "temperature scaling", "MC dropout", "deep ensemble", "deep ensemble, temperature"}
+    wanted |= {"weight averaging, temperature", "lightning-ella", "lightning-ella, student"}
+    wanted |= {"by ViM", "by Mahalanobis", "by k nearest neighbours", "by principal components", "by energy"}
+    assert wanted < set(rows)
+    assert {path.name for path in (made / "members").iterdir()} == {
+        *(f"{name}-{seed}.safetensors" for name, seed in (("seed", 1), ("seed", 2), ("averaged", 0), ("averaged", 1)))
+    }
     assert rows["ELLA as in the paper"]["corrupted"]["nll"] > 0
-    assert set(rows["lightning-ella, by novelty"]["foreign"]) == set(rows["MAP"]["foreign"])
+    for name in ("familiarity", "novelty", "student, familiarity"):
+        assert set(rows[f"by lightning-ella, {name}"]["foreign"]) == set(rows["MAP"]["foreign"])
+        assert 0 <= rows[f"by lightning-ella, {name}"]["foreign"]["AUROC corrupted"] <= 1
     assert figures["NLL over ours"]["test"]["lightning-ella"] == [0, 0]
     low, high = figures["NLL over ours"]["corrupted"]["MAP"]
     assert low < high
