@@ -2,7 +2,9 @@
 
 Small data sets that scikit-learn has or makes, a perceptron on each, and four predictives of it, each tuned by the NLL
 on the same held-out fifth: the network with noise alone, exact linearised Laplace over all parameters, a Gaussian
-process with the network's tangent kernel, and this package. Only the latter needs no matrix of N x N or P x P.
+process with the network's tangent kernel, and this package. Only the latter needs no matrix of N x N or P x P. Beside
+them, an ensemble of three and a network that learns quantiles. Width is that of intervals made to hold 90 % of the
+held-out points by split conformal prediction, for everyone alike.
 """
 
 import json
@@ -17,7 +19,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +29,8 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ella import ELLACallback
-from lightning_ella.likelihoods import Regression
+from lightning_ella.guarantee import Guarantee, Judged
+from lightning_ella.likelihoods import LEVEL, Regression
 from lightning_ella.metrics import regression_metrics
 from lightning_ella.plots import coverage_curve, fan_chart
 from lightning_ella.posterior import minimise
@@ -59,6 +62,10 @@ DATA: Tables = {
 }
 
 
+LEVELS = torch.linspace(0.05, 0.95, 19)  # quantiles that a network learns, for the interval of 90 % the first and last
+MEMBERS = 3  # of the ensemble
+
+
 class Perceptron(LightningModule):
     """Two hidden layers, and the squared error."""
 
@@ -81,6 +88,71 @@ class Perceptron(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=5e-3, weight_decay=0.01)
+
+
+class QuantilePerceptron(Perceptron):
+    """Quantiles of each output at `LEVELS`, by the pinball loss (Koenker and Bassett 1978)."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int):
+        super().__init__(inputs, len(LEVELS) * outputs, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, d) to (B, C, Q), in ascending order."""
+        return self.body(x).unflatten(1, (-1, len(LEVELS))).sort(-1).values
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean pinball loss."""
+        return pinball(self(batch[0]), batch[1])
+
+
+def pinball(quantiles: Tensor, targets: Tensor) -> Tensor:
+    """The mean pinball loss of quantiles (n, C, Q); twice it comes close to the CRPS."""
+    away = targets.unsqueeze(-1) - quantiles
+    return torch.maximum(LEVELS.to(away) * away, (LEVELS.to(away) - 1) * away).mean()
+
+
+class QuantileNetwork:
+    """What a network that learnt quantiles says: intervals that are made wider alike (Romano et al. 2019)."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+
+    def figures(self, problem: "Problem") -> dict[str, float]:
+        """Of test points, like those of a prediction, but without an NLL."""
+        (known, seen), (found, targets) = (
+            (self.network(x).detach(), y) for x, y in (problem.held_out.tensors, problem.test.tensors)
+        )
+        scores = torch.maximum(known[..., 0] - seen, seen - known[..., -1])
+        away = Guarantee.of(Judged(scores, scores[:0, 0], scores[:0, 0] > 0)).quantile(LEVEL).to(found)
+        inside = (found[..., 0] <= targets) & (targets <= found[..., -1])
+        return {
+            "rmse": float((found[..., len(LEVELS) // 2] - targets).square().mean().sqrt()),
+            "crps": 2 * float(pinball(found, targets)),
+            "coverage_90": float(inside.double().mean()),
+            "width": float((found[..., -1] - found[..., 0] + 2 * away).mean()),
+        }
+
+
+class Ensemble:
+    """Several networks, and the noise of their mean's residuals at held-out points (Lakshminarayanan et al. 2017)."""
+
+    def __init__(self, networks: list[nn.Module], problem: "Problem"):
+        self.networks = networks
+        x, targets = problem.held_out.tensors
+        mean, spread = self._look(x)
+        excess = (targets - mean).square() - spread.square().sum(2)
+        self.noise = excess.mean().clamp_min(0.01 * (targets - mean).square().mean()).view(1)
+
+    def __call__(self, x: Tensor) -> NormalPrediction:
+        mean, factor = self._look(x)
+        gaussian = Gaussian(mean, factor, mean.new_zeros(1, factor.shape[2]))
+        return NormalPrediction(gaussian, "exact", mean.new_ones(()), Regression(), noise_variance=self.noise)
+
+    def _look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (n, C) and deviations of the members from it, (n, C, members), so that their squares are a variance."""
+        found = torch.stack([network(x).detach() for network in self.networks], 2)
+        mean = found.mean(2)
+        return mean, (found - mean.unsqueeze(2)) / len(self.networks) ** 0.5
 
 
 @dataclass
@@ -166,36 +238,54 @@ def certain(network: nn.Module, problem: Problem) -> Callable[[Tensor], NormalPr
     return predict
 
 
-def methods(
-    config: DictConfig, problem: Problem, seed: int
-) -> Iterator[tuple[str, Callable[[Tensor], NormalPrediction]]]:
-    """Train, and give each method's predictions by name."""
+def trained(
+    config: DictConfig, problem: Problem, kind: type[Perceptron], seed: int, *callbacks: Callback
+) -> Perceptron:
+    """A network after the training that all have."""
     seed_everything(seed, verbose=False)
     x, y = problem.train.tensors
-    module = Perceptron(x.shape[1], y.shape[1], config.hidden)
+    module = kind(x.shape[1], y.shape[1], config.hidden)
     loaders = DataLoader(problem.train, 32, shuffle=True), DataLoader(problem.held_out, 64)
-    count = min(config.num_landmarks, len(x))
-    ella = ELLACallback(likelihood="regression", num_landmarks=count, rank=min(config.rank, count), seed=seed)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     folder = HydraConfig.get().runtime.output_dir
-    options = {**quiet, "default_root_dir": folder, "enable_checkpointing": False, "callbacks": [ella]}
+    options = {**quiet, "default_root_dir": folder, "enable_checkpointing": False, "callbacks": [*callbacks]}
     Trainer(max_epochs=config.max_epochs, **options).fit(module, *loaders)
+    return module.eval()
+
+
+def methods(
+    config: DictConfig, problem: Problem, seed: int
+) -> Iterator[tuple[str, Callable[[Tensor], NormalPrediction] | QuantileNetwork]]:
+    """Train, and give each method's predictions by name."""
+    x, y = problem.train.tensors
+    count = min(config.num_landmarks, len(x))
+    ella = ELLACallback(likelihood="regression", num_landmarks=count, rank=min(config.rank, count), seed=seed)
+    module = trained(config, problem, Perceptron, seed, ella)
     assert ella.predictor is not None
-    module.eval()
     yield "network and noise", certain(module, problem)
     yield "lightning-ella", ella.predictor
-    yield "lightning-ella, mean moved by the unseen points", deepcopy(ella.predictor).update(loaders[1])
+    held_out = DataLoader(problem.held_out, 64)
+    yield "lightning-ella, mean moved by the unseen points", deepcopy(ella.predictor).update(held_out)
     copy = Perceptron(x.shape[1], y.shape[1], config.hidden)
     copy.load_state_dict(module.state_dict())
     yield "exact linearised Laplace", Exact(copy.body, problem, process=False)
     yield "Gaussian process (NTK)", Exact(copy.body, problem, process=True)
+    others = [trained(config, problem, Perceptron, 1000 * (seed + 1) + i) for i in range(1, MEMBERS)]
+    yield f"ensemble of {MEMBERS}", Ensemble([module, *others], problem)
+    yield "quantile network", QuantileNetwork(trained(config, problem, QuantilePerceptron, seed))
 
 
-def figures(prediction: NormalPrediction, targets: Tensor) -> dict[str, float]:
-    """NLL, RMSE, CRPS and coverage, in standardised units."""
+def figures(predict: Callable[[Tensor], NormalPrediction], problem: Problem) -> dict[str, float]:
+    """NLL, RMSE, CRPS, coverage, and the width of intervals that are made to hold 90 %, in standardised units."""
+    (known, seen), (prediction, targets) = (
+        (predict(x), y) for x, y in (problem.held_out.tensors, problem.test.tensors)
+    )
     metrics, targets = regression_metrics(), targets.to(prediction.mean)
     metrics.update(Regression().summary(prediction, targets), targets)
-    return {name: float(value) for name, value in metrics.compute().items()}
+    scores = Judged.of(Regression(), known, seen, torch.ones(len(seen), dtype=torch.bool))
+    prediction.guarantee = Guarantee.of(scores)
+    low, high = prediction.interval(LEVEL, guaranteed=True)
+    return {name: float(value) for name, value in metrics.compute().items()} | {"width": float((high - low).mean())}
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="regression")
@@ -210,9 +300,12 @@ def main(config: DictConfig) -> None:
             problem = Problem.split(*DATA[name](seed), seed)
             x, targets = problem.test.tensors
             for method, predict in methods(config, problem, seed):
-                predictions[method] = predict(x)
-                for figure, value in figures(predictions[method], targets).items():
+                found = predict.figures(problem) if isinstance(predict, QuantileNetwork) else figures(predict, problem)
+                for figure, value in found.items():
                     rows[method][figure].append(value)
+                if isinstance(predict, QuantileNetwork):
+                    continue
+                predictions[method] = predict(x)
                 if name == "wave with a gap" and method == "lightning-ella":
                     everywhere = torch.linspace(-1.8, 1.8, 300).unsqueeze(1)
                     seen = [values[:, 0] for values in problem.train.tensors]
@@ -230,10 +323,12 @@ def show(console: Console, title: str, rows: dict[str, dict[str, list[float]]]) 
     columns = list(next(iter(rows.values())))
     printed = Table("", *columns, title=title)
     for method, found in rows.items():
-        values = (torch.tensor(found[column]) for column in columns)
-        cells = (f"{v.mean():.3f} ± {v.std() / len(v) ** 0.5:.3f}" if len(v) > 1 else f"{v[0]:.3f}" for v in values)
-        printed.add_row(method, *cells)
+        printed.add_row(method, *(cell(torch.tensor(found[column])) if column in found else "" for column in columns))
     console.print(printed)
+
+
+def cell(values: Tensor) -> str:
+    return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 if __name__ == "__main__":
