@@ -283,14 +283,16 @@ def _tune(fast: FastPredictor, recorder: Recorder, points: Points, numbers: Sequ
         object.__setattr__(fast, "familiarity", fast.familiarity.among(torch.cat(foreign)))
 
 
-def _guaranteed(fast: FastPredictor, recorder: Recorder, batches: Iterable[Batch]) -> Guarantee:
-    """What points that nothing has seen say about any that come."""
-    judged = []
+def _guaranteed(fast: FastPredictor, recorder: Recorder, batches: Iterable[Batch]) -> Guarantee | None:
+    """What points that nothing has seen say about any that come; None if too few of them have labels, or equal ones."""
+    judged, seen_weights = [], []
     for batch in batches:
         prediction = fast.predict([recorder(seen(batch.inputs, view)) for view in fast.all_views])
         targets, weights = _answers(fast.likelihood, batch, prediction.logits.mean)
         judged.append(Judged.of(fast.likelihood, prediction, targets, weights > 0))
-    return Guarantee.of(Judged.joined(judged))
+        seen_weights.append(weights[weights > 0])
+    found, weights = Judged.joined(judged), torch.cat(seen_weights)
+    return Guarantee.of(found) if len(weights) >= FEWEST_APART and weights.min() == weights.max() else None
 
 
 def _figures(fast: FastPredictor, lectures: Sequence[Lecture]) -> dict[str, float]:

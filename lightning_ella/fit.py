@@ -198,10 +198,14 @@ def run(
         basis = {name.removeprefix("basis."): tangents for name, tangents in basis.items()}
         ended["landmarks"] = time.perf_counter()
         give_back()
+        apart = [] if held_out is None else _apart(held_out.numbers, settings)
+        left = [] if held_out is None else sorted({*held_out.numbers} - {*apart})
+        seen_for_noise: list[int] = []
         if not likelihood.is_complete:
             points, what = (train, "noise of training points") if held_out is None else (held_out, "noise")
-            numbers = draw(_looks(settings), points.numbers, torch.Generator().manual_seed(settings.seed))
-            residuals = visit(points, points.arranged(numbers), what)
+            known = points.numbers if held_out is None else left
+            seen_for_noise = draw(_looks(settings), known, torch.Generator().manual_seed(settings.seed))
+            residuals = visit(points, points.arranged(seen_for_noise), what)
             likelihood = _completed(likelihood, linearization, residuals, world)
         hessian = stages.do("curvature", world, generator, linearization.device, make_curvature)["curvature"]
         ended["curvature"] = time.perf_counter()
@@ -228,10 +232,10 @@ def run(
             unseen, posterior, figures = None, _given(hessian, likelihood, settings, prior), {}
             familiarity = spent = judged = None
         else:
-            apart = _apart(held_out.numbers, settings)
-            left = held_out.numbers if not apart else sorted({*held_out.numbers} - {*apart})
             numbers = held_out.arranged(draw(_looks(settings), left, generator))
-            spent = Spent(held_out.identity(), torch.tensor(numbers)) if world.first else None
+            with world.together("a look at the unseen points"):
+                looked_at = torch.tensor(sorted({*numbers, *seen_for_noise}))
+                spent = Spent(held_out.identity(), looked_at) if world.first else None
             if (most := settings.num_calibration) is not None and len(numbers) > most:
                 looks = visit(held_out, numbers, "look at unseen points")
                 numbers = typical(linearization, likelihood, looks, numbers, most, generator, world)
@@ -639,12 +643,17 @@ def _guaranteed(
     with world.together("the guarantee"):
         draws = _draws(settings, apart, posterior.curvature)
         mine = [_judged(points, posterior, likelihood, settings.predictive, draws) for points in (apart, unseen)]
-    parts = [mine[0].scores, mine[0].confidence, mine[0].wrong, mine[1].confidence]
-    found = [world.gather_rows(part.double()) for part in parts]
-    scores, confidence, wrong, planned = found
-    if scores is None or confidence is None or wrong is None:
-        return world.object_from_first(None)
-    return world.object_from_first(Guarantee.of(Judged(scores, confidence, wrong > 0), planned))
+    assert apart.weights is not None
+    parts = mine[0].scores, mine[0].confidence, mine[0].wrong, mine[1].confidence, apart.weights
+    scores, confidence, wrong, planned, weights = (world.gather_rows(part.cpu().double()) for part in parts)
+    found = None
+    with world.together("the guarantee"):
+        if scores is not None and confidence is not None and wrong is not None and weights is not None:
+            if weights.min() == weights.max():
+                found = Guarantee.of(Judged(scores, confidence, wrong > 0), planned)
+            else:
+                log.info("ELLA: nothing is guaranteed, since the unseen points have different weights.")
+    return world.object_from_first(found)
 
 
 def _judged(
@@ -654,12 +663,10 @@ def _judged(
     parts, temperature = [], posterior.temperature.to(draws)
     for part in _parts(points, draws) or [slice(0)]:
         some = points.rows(part).to(draws.device)
-        outputs = some.outputs(lambda mean, features: Gaussian(mean, posterior.factor(features), draws))
-        prediction, all_count = (
-            likelihood.predict(outputs, predictive, temperature),
-            some.targets.new_ones(len(some.targets)) > 0,
-        )
-        parts.append(Judged.of(likelihood, prediction, some.targets, all_count))
+        outputs = some.outputs(lambda mean, features: posterior.outputs(mean, features, draws))
+        counts = torch.ones(len(some.targets), dtype=torch.bool, device=some.targets.device)
+        prediction = likelihood.predict(outputs, predictive, temperature)
+        parts.append(Judged.of(likelihood, prediction, some.targets, counts))
     return Judged.joined(parts)
 
 

@@ -23,9 +23,10 @@ FEWEST_APART = 20  # points: with fewer, nothing is in the last twentieth
 PLANNED = 5  # one of so many points plans which thresholds are tested
 STEPS = 50  # thresholds that are tested
 ROUNDING = 1e-9  # of a rank that may be a whole number
+ROUNDED = 1e-5  # of 1 − p, in a batch of another size
 MISSING = (
-    "needs labelled points that nothing else has seen: pass some to predictor.guarantee(loader), or fit with more "
-    "unseen points than num_calibration=."
+    "needs labelled points that nothing else has seen: pass some to predictor.guarantee(loader), or fit with at least "
+    "20 more unseen points than num_calibration=."
 )
 
 
@@ -78,13 +79,13 @@ class Guarantee:
     @classmethod
     def of(cls, judged: Judged, planned: Tensor | None = None) -> Self:
         """From points apart, and confidences of others, or of a fifth of them."""
-        scores, confidence = (part.detach().double().cpu() for part in (judged.scores, judged.confidence))
+        scores, confidence = (part.detach().cpu().double() for part in (judged.scores, judged.confidence))
         wrong = judged.wrong.detach().cpu()
         if planned is None:
             order = torch.randperm(len(confidence), generator=torch.Generator().manual_seed(0))
             some, others = order.tensor_split([len(order) // PLANNED])
             planned, confidence, wrong = confidence[some], confidence[others], wrong[others]
-        return cls(scores.sort(0).values, confidence, wrong, planned.detach().double().cpu())
+        return cls(scores.sort(0).values, confidence, wrong, planned.detach().cpu().double())
 
     def quantile(self, level: float) -> Tensor:
         """The score, () or (C,), that a new point's is at most with probability `level`: infinite where n is too small.
@@ -119,7 +120,9 @@ class Guarantee:
         fewest = math.log(1 - certainty) / math.log(1 - risk)  # answers, all right, that pass
         first = min(1.0, 2 * fewest / len(self.confidence))
         shares, found = torch.linspace(first, 1, STEPS, dtype=torch.float64), math.inf
-        for threshold in self.planned.quantile(1 - shares, interpolation="lower").tolist():
+        cuts = gaps(self.planned)
+        for value in self.planned.quantile(1 - shares, interpolation="lower").tolist():
+            threshold = float(cuts[cuts <= value].max())
             answered = self.confidence >= threshold
             if binomial(int(self.wrong[answered].sum()), int(answered.sum()), risk) > 1 - certainty:
                 break
@@ -145,6 +148,14 @@ class Guarantee:
             raise ValueError(f"no tensors of a guarantee: {dict(found)}")
         if len(found["scores"][1]) not in (1, 2) or not len(found["wrong"][1]) == len(found["planned"][1]) == 1:
             raise ValueError(f"no tensors of a guarantee: {dict(found)}")
+
+
+def gaps(values: Tensor) -> Tensor:
+    """0, and the middles between confidences (n,) that are more than rounding apart: no answer is by chance there."""
+    ordered = values.unique()
+    eps = 2.0**-22 if torch.equal(values.float().double(), values) else 2.0**-48  # of the type that they come from
+    apart = ordered.diff() > eps + ROUNDED * (1 - ordered[:-1])
+    return torch.cat([ordered.new_zeros(1), ((ordered[1:] + ordered[:-1]) / 2)[apart]])
 
 
 def binomial(successes: int, trials: int, chance: float) -> float:

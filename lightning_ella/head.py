@@ -13,14 +13,14 @@ from tqdm.auto import tqdm
 
 from .augmentation import OneView, names_of, portable_views
 from .batches import Unpack, inputs_and_targets
-from .data import points_of, seeded
+from .data import draw, points_of, seeded
 from .guarantee import MISSING, Guarantee, Judged
 from .likelihoods import Likelihood
 from .linearize import Forward, version
 from .observations import checked, weights_of
 from .pickling import portable
 
-MOST = 100_000  # points of a stream that guarantees are learnt from
+MOST = 10_000  # points that guarantees are learnt from
 
 
 class Head(nn.Module):
@@ -93,7 +93,8 @@ class Head(nn.Module):
             raise ValueError("with top_outputs= every input has other outputs, for which nothing can be guaranteed.")
         parts, points = [], points_of(loader, unpack, MOST)
         with seeded(self.settings["seed"]), torch.no_grad():
-            batches = points.batches(points.numbers, self.device)
+            chosen = draw(MOST, points.numbers, torch.Generator().manual_seed(self.settings["seed"]))
+            batches = points.batches(points.arranged(chosen), self.device)
             for inputs, targets, weights in tqdm(batches, desc="ELLA guarantee", unit="batch"):
                 prediction = self(inputs)
                 if prediction.logits.mean.ndim > 2:
@@ -102,7 +103,11 @@ class Head(nn.Module):
                         "together, so they are no points by themselves."
                     )
                 known = checked(self.likelihood, prediction.logits.mean, targets, prediction.axis)
-                counts = weights_of(self.likelihood, known, weights) > 0
+                counts = (each := weights_of(self.likelihood, known, weights)) > 0
+                if (each[counts] != 1).any():
+                    raise ValueError(
+                        "a guarantee is for points that count alike: let unpack= return no weights but 0 and 1."
+                    )
                 parts.append(Judged.of(self.likelihood, prediction, known, counts))
         judged = Judged.joined(parts) if parts else None
         if judged is None or not len(judged.scores):

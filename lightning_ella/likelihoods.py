@@ -136,7 +136,8 @@ class Likelihood(ABC):
     def conformity(self, prediction: Any, targets: Tensor) -> Tensor:
         """How far targets are from what a prediction says, (n,) or (n, C): here in standard deviations."""
         mean, variance = prediction.moments_of_rows
-        return (targets.to(mean) - mean).abs() / variance.sqrt().clamp_min(torch.finfo(mean.dtype).tiny)
+        numbers = torch.finfo(mean.dtype)
+        return ((targets.to(mean) - mean).abs() / variance.sqrt().clamp_min(numbers.tiny)).nan_to_num(numbers.max)
 
     def answers(self, prediction: Any, targets: Tensor) -> tuple[Tensor, Tensor] | None:
         """Confidence (n,) in the one answer to each input, and whether that is wrong; None where there is no such."""
@@ -479,8 +480,8 @@ class Binary(MultiLabel):
 
     def answers(self, prediction: LabelPrediction, targets: Tensor) -> tuple[Tensor, Tensor] | None:
         """The likelier class."""
-        there = prediction.both[0].squeeze(-1)
-        return torch.maximum(there, 1 - there), (there > 0.5) != (targets.squeeze(-1) > 0.5)
+        there, absent = (probs.squeeze(-1) for probs in prediction.both)
+        return torch.maximum(there, absent), (there > absent) != (targets.squeeze(-1) > 0.5)
 
 
 class Poisson(Likelihood):

@@ -21,6 +21,7 @@ from .top import Selection
 if TYPE_CHECKING:
     from .likelihoods import Likelihood
 
+ROUNDING = 1e-6  # of a probability, or a share of a number, in a batch of another size
 FEWEST_TARGETS = 256  # that quantiles come from
 
 
@@ -412,7 +413,9 @@ class Prediction:
         if guaranteed:
             assert self.likelihood is not None
             mean, variance = self._moments
-            away = self._guarantee("interval(guaranteed=True)").quantile(level).to(mean) * variance.sqrt()
+            times = self._guarantee("interval(guaranteed=True)").quantile(level).to(mean)
+            away = (1 + ROUNDING) * times * variance.sqrt() + ROUNDING * mean.abs()
+            away = torch.where(times.isinf(), torch.inf, away)
             low, high = (mean - away).clamp_min(self.likelihood.lowest), mean + away
             return self._as_targets(low), self._as_targets(high)
         low, high = self.quantile([(1 - level) / 2, (1 + level) / 2])
@@ -563,15 +566,15 @@ class ClassPrediction(Prediction):
         return self._probs.amax(-1)
 
     def prediction_set(self, level: float = 0.9) -> Tensor:
-        """(B, C) bool: classes of which one is the right one in a share `level` of cases, whatever the network.
+        """(B, C) bool: a set that holds the right class in a share `level` of cases, whatever the network.
 
-        Those with a probability of at least 1 − q, where q is a quantile of 1 − p at the labels of points that nothing
-        else has seen (Sadinle, Lei and Wasserman 2019). Where no class is that likely, the set is empty.
+        Its classes have a probability of at least 1 − q, where q is a quantile of 1 − p at the labels of points that
+        nothing else has seen (Sadinle, Lei and Wasserman 2019). Where no class is that likely, it is empty.
 
         Raises:
             ValueError: if there were no such points, or if the level is no probability.
         """
-        return 1 - self.probs <= self._guarantee("prediction_set()").quantile(level).to(self.probs)
+        return 1 - self.probs <= self._guarantee("prediction_set()").quantile(level).to(self.probs) + ROUNDING
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -615,8 +618,8 @@ class LabelPrediction(Prediction):
 
     @property
     def confidence(self) -> Tensor:
-        """(B, C), the probability of the likelier of there and absent."""
-        return torch.maximum(self.probs, 1 - self.probs)
+        """(B, C), the probability of the likelier of there and absent, float64: float32 does not tell them near 1."""
+        return self.shaped(torch.maximum(*self.both))
 
     def prediction_set(self, level: float = 0.9) -> Tensor:
         """(B, C, 2) bool, whether each label may be absent, and whether it may be there.
@@ -628,7 +631,7 @@ class LabelPrediction(Prediction):
             ValueError: if there were no points that nothing else has seen, or if the level is no probability.
         """
         bound = self._guarantee("prediction_set()").quantile(level)
-        there, absent = (1 - probs <= bound.to(probs) for probs in self.both)  # (*, C)
+        there, absent = (1 - probs <= bound.to(probs) + ROUNDING for probs in self.both)  # (*, C)
         return torch.stack([self.shaped(absent), self.shaped(there)], -1)
 
     @cached_property

@@ -600,7 +600,7 @@ class ELLAPredictor(Head):
 
     def _follow_points(self, learnt: Learnt | None) -> None:
         """Be what was learnt, and let the students be it, too."""
-        self.learnt, self._taught, self.guaranteed = learnt, True, None
+        self.learnt, self._taught, self.guaranteed, self.spent = learnt, True, None, None
         self._tell_students()
 
     def _tell_students(self) -> None:
@@ -618,7 +618,7 @@ class ELLAPredictor(Head):
         before, after = torch.linalg.eigvalsh(self.curvature)[-1], torch.linalg.eigvalsh(curvature)[0]
         if after < -1e-6 * before.abs():
             raise ValueError("these points were not among those that the posterior has seen, so it cannot forget them.")
-        self.curvature, self.guaranteed = curvature, None
+        self.curvature, self.guaranteed, self.spent = curvature, None, None
         self._tell_students()
         return self
 

@@ -165,12 +165,13 @@ def kept(head: ELLAPredictor | FastPredictor, seen: Seen, who: str) -> dict[str,
     sets = 1 - probs <= head.guaranteed.quantile(LEVEL).to(probs)  # type: ignore[union-attr]
     confidence, answer = probs.max(1)
     answered = confidence >= head.threshold(RISK)
-    return {
+    found = {
         "coverage": float(sets.gather(1, targets.unsqueeze(1)).double().mean()),
         "set size": float(sets.double().sum(1).mean()),
         "answered": float(answered.double().mean()),
-        "wrong answers": float((answer != targets)[answered].double().mean()) if answered.any() else 0.0,
     }
+    wrong = (answer != targets)[answered].double()
+    return found | ({"wrong answers": float(wrong.mean())} if len(wrong) else {})
 
 
 def figures(predictor: ELLAPredictor, data: Images, seen: Seen, results: dict) -> dict[str, Figure]:
@@ -272,7 +273,7 @@ def words(report: dict[str, Any], folder: Path) -> str:
             f"Sets that hold the class in {LEVEL:.0%} of cases did so in {promised['coverage']:.1%}, with "
             f"{promised['set size']:.2f} classes on average.",
             f"Where no more than {RISK:.0%} of the answers may be wrong, {promised['answered']:.0%} of the images are "
-            f"answered, and {promised['wrong answers']:.1%} of these wrongly.",
+            f"answered" + (f", and {promised['wrong answers']:.1%} of these wrongly." if promised["answered"] else "."),
         ]
     lines.append(f"Figures and report.json are in {folder}")
     return "\n".join(lines)

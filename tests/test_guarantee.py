@@ -4,6 +4,7 @@ import logging
 import math
 import pickle
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from conftest import ListDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
@@ -19,7 +21,8 @@ from test_other_likelihoods import problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ella import LIKELIHOODS, ELLAPredictor, FastPredictor, distil, fit_ella
+from lightning_ella import LIKELIHOODS, ELLAPredictor, FastPredictor, Settings, distil, fit, fit_ella
+from lightning_ella.data import points_of
 from lightning_ella.guarantee import Guarantee, Judged, binomial
 from lightning_ella.predictions import ClassPrediction, Gaussian, NormalPrediction
 
@@ -79,8 +82,8 @@ def test_intervals_are_those_of_mapie_on_the_same_scores():
     theirs.conformalize(np.zeros((400, 1)), ((y - mean) / 0.3**0.5).flatten().numpy())
     away = theirs.predict_interval(np.zeros((1, 1)))[1][0, 1, 0]
     low, high = prediction.interval(0.8, guaranteed=True)
-    torch.testing.assert_close(high - mean, torch.full_like(mean, away * 0.3**0.5))
-    torch.testing.assert_close(mean - low, torch.full_like(mean, away * 0.3**0.5))
+    torch.testing.assert_close(high - mean, torch.full_like(mean, away * 0.3**0.5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mean - low, torch.full_like(mean, away * 0.3**0.5), rtol=0, atol=1e-5)
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 40), level=st.floats(0.01, 0.99), ties=st.booleans())
@@ -93,6 +96,18 @@ def test_each_point_left_out_is_covered_as_often_as_is_said(seed: int, count: in
     assert sum(covered) / count >= level - 1e-9
     if not ties:
         assert sum(covered) == min(count, math.ceil(count * level - 1e-9))
+
+
+def test_rounding_leaves_nobody_out():
+    sets, intervals = (torch.tensor([[0.3, 0.7]]) for _ in range(2))
+    out = ClassPrediction(certain(sets.log()), "mc", torch.ones(()), LIKELIHOODS["classification"]())
+    out.guarantee = guarantee((1 - out.probs[0, :1]).repeat(40) - 2e-7)  # one input many times, in another batch
+    assert out.prediction_set(0.9)[0].tolist() == [True, True]
+    numbers = LIKELIHOODS["regression"](1.0).predict(certain(100 * intervals), "exact", torch.ones(()))
+    numbers.guarantee = guarantee(torch.full((40, 2), 0.5))
+    low, high = numbers.interval(0.9, guaranteed=True)
+    assert (low <= 100 * intervals - 0.5 - 1e-5).all()
+    assert (high >= 100 * intervals + 0.5 + 1e-5).all()
 
 
 def test_too_few_points_promise_by_saying_everything():
@@ -132,6 +147,47 @@ def test_no_more_than_the_risk_is_wrong_among_answers_as_often_as_is_certain():
         answered.append(1 - min(threshold, 1.0))
     assert exceeded / 400 < 0.1 + 3 * (0.1 * 0.9 / 400) ** 0.5
     assert 0.35 < sum(answered) / 400 < 0.3**0.5  # of at most so many
+
+
+def test_testing_ends_at_the_first_threshold_that_fails():
+    generator, exceeded = torch.Generator().manual_seed(0), 0
+    for _ in range(300):  # a little too many are wrong, whatever the threshold: each of fifty tests may pass by chance
+        confidence = torch.rand(400, generator=generator, dtype=torch.float64)
+        wrong = torch.rand(400, generator=generator) < 0.101
+        found = guarantee(torch.zeros(1), confidence, wrong, planned=torch.rand(100, generator=generator).double())
+        exceeded += found.threshold(0.1, 0.9) < math.inf
+    assert exceeded / 300 < 0.1 + 3 * (0.1 * 0.9 / 300) ** 0.5
+
+
+def test_thresholds_lie_between_confidences_that_differ():
+    atoms = torch.tensor([0.6, 0.8, 0.95], dtype=torch.float64).repeat_interleave(100)
+    jitter = 1e-8 * torch.randn(300, generator=torch.Generator().manual_seed(0)).double()
+    found = guarantee(torch.zeros(1), atoms, atoms < 0.7, planned=(atoms + jitter).float().double())
+    assert found.threshold(0.1, 0.9) == pytest.approx(0.7, abs=1e-6)
+    sure = 1 - torch.tensor([1e-9, 1e-10, 1e-11], dtype=torch.float64).repeat_interleave(100)
+    assert 1e-10 < 1 - guarantee(torch.zeros(1), sure, sure < 1 - 5e-10, planned=sure).threshold(0.1, 0.9) < 1e-9
+
+
+def test_a_binary_classifier_that_is_surer_than_float32_can_tell_keeps_its_risk():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    model, generator = Two(), torch.Generator().manual_seed(0)
+    nn.init.ones_(model.layer.weight)
+    nn.init.zeros_(model.layer.bias)
+    x = torch.where(torch.arange(1000) % 2 == 0, 30.0, 21.0).unsqueeze(1)
+    y = ((x > 25) | (torch.rand(1000, 1, generator=generator) > 0.3)).float()
+    options = OPTIONS | {"prior_variance": 1e-12, "rank": 2, "residual": 0}
+    predictor = fit_ella(model, loader(x[:40], y[:40]), likelihood="binary", **options).guarantee(loader(x, y))
+    out = predictor(x)
+    answered = (out.confidence >= predictor.threshold(0.05)).flatten()
+    assert answered.sum() == 500
+    assert y[answered].all()
 
 
 def test_what_cannot_be_promised_is_not_answered_and_numbers_have_no_answers(caplog: pytest.LogCaptureFixture):
@@ -207,6 +263,51 @@ def test_every_likelihood_promises_what_it_can_in_the_shape_of_its_targets(name:
                 ask.threshold()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *product(LIKELIHOODS, ({}, {"learn": True}, {"views": [torch.neg]})),
+        *((name, {"predictive": "probit"}) for name in ("classification", "binary")),
+    ],
+)
+def test_what_a_fit_promises_is_of_its_own_predictions(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fit, "SURE", -math.inf)  # so that the mean is moved
+    model, x, y, _ = problem(name)
+    model = nn.Sequential(*model[:2], nn.Linear(5, model[2].out_features)).double()  # which knows nothing
+    options = options | {"num_calibration": 20, "num_apart": 25, "num_landmarks": 40, "rank": 4, "num_samples": 64}
+    predictor = fit_ella(model, loader(x, y), loader(x, y), likelihood=name, **options)
+    assert predictor.mean.norm() > 0 or name not in ("classification", "regression") or not options.get("learn")
+    apart = sorted(fit._apart(range(60), Settings(likelihood=name, **options)))
+    known = predictor.likelihood.check(predictor(x[apart]).logits.mean, y[apart])
+    expected = Judged.of(predictor.likelihood, predictor(x[apart]), known, torch.ones(25, dtype=torch.bool))
+    found, rounding = predictor.guaranteed, {"rtol": 1e-6, "atol": 1e-9}
+    torch.testing.assert_close(found.scores, expected.scores.double().sort(0).values, **rounding)
+    torch.testing.assert_close(found.confidence.sort().values, expected.confidence.double().sort().values, **rounding)
+    assert found.wrong.sum() == expected.wrong.sum()
+
+
+def test_noise_is_not_estimated_where_something_is_promised(monkeypatch: pytest.MonkeyPatch):
+    model, train, unseen, _, _ = split("numbers", 400)
+    looked, completed = set(), fit._completed
+
+    def watched(likelihood: Any, linearization: Any, batches: Any, world: Any) -> Any:
+        batches = list(batches)
+        looked.update(tuple(x.tolist()) for inputs, *_ in batches for x in inputs)
+        return completed(likelihood, linearization, batches, world)
+
+    monkeypatch.setattr(fit, "_completed", watched)
+    options = {"num_calibration": 50, "num_apart": 100, "num_landmarks": 60, "rank": 4}
+    predictor = fit_ella(model, train, unseen, likelihood="regression", **options)
+    points = [tuple(x.tolist()) for x, _ in unseen.dataset]
+    apart = {points[i] for i in fit._apart(range(400), Settings(likelihood="regression", **options))}
+    assert len(apart) == 100
+    assert len(looked) == 250
+    assert not looked & apart
+    assert looked <= {points[i] for i in predictor.spent.numbers}
+
+
 def test_points_that_guarantee_have_not_been_seen_by_anything_else(monkeypatch: pytest.MonkeyPatch):
     model, train, unseen, _, _ = split("perceptron", 400)
     every = {tuple(x.tolist()): i for i, (x, _) in enumerate(unseen.dataset)}
@@ -253,6 +354,7 @@ def test_without_points_left_alone_it_says_how_to_get_them_and_update_ends_a_pro
             ask.threshold()
         assert ask.guarantee(new)(x).prediction_set().any()
     predictor.update(unseen, drift=0.01)
+    assert predictor.spent is None  # who knows what it has learnt from
     for ask in (predictor, fast):
         with pytest.raises(ValueError, match="needs labelled points that nothing else has seen"):
             ask(x).prediction_set()
@@ -281,7 +383,39 @@ def test_what_nothing_can_be_promised_of_is_refused():
     pixels = fit_ella(positions.build(), loader(inputs, labels), **OPTIONS | {"num_landmarks": 20})
     with pytest.raises(ValueError, match="one row of outputs an input"):
         pixels.guarantee(loader(inputs, labels))
+    weighted = DataLoader(ListDataset([*zip(x, y, torch.rand(60), strict=True)]), 16)
+    with pytest.raises(ValueError, match="points that count alike"):
+        predictor.guarantee(weighted, lambda batch: batch)
     assert ELLAPredictor.guarantee is FastPredictor.guarantee
+
+
+def test_unequal_weights_and_missing_labels_promise_nothing(tmp_path: Path):
+    model, train, unseen, _, _ = split("perceptron", 400)
+    x, y = (torch.cat(part) for part in zip(*unseen, strict=True))
+    options = {"num_calibration": 100, "num_landmarks": 60, "rank": 4}
+    weighted = DataLoader(ListDataset([*zip(x, y, 0.5 + torch.rand(400), strict=True)]), 50)
+    ones = DataLoader(ListDataset([(*point, torch.tensor(1.0)) for point in train.dataset]), 50)
+    predictor = fit_ella(model, ones, weighted, unpack=lambda batch: batch, **options)
+    assert predictor.guaranteed is None
+    assert predictor.familiarity is not None
+    assert predictor.distil(weighted, lambda batch: batch).guaranteed is None
+    predictor = fit_ella(model, train, unseen, **options)
+    hidden = y.clone()
+    hidden[sorted({*range(400)} - {*predictor.spent.numbers.tolist()})] = -100  # all that were left alone
+    predictor.spent = predictor.spent._replace(identity=points_of(loader(x, hidden)).identity())
+    fast = predictor.distil(loader(x, hidden))
+    assert fast.guaranteed is None
+    assert FastPredictor.load(fast.save(tmp_path / "fast"), model)(x).familiarity is not None
+
+
+def test_forgetting_training_points_ends_a_promise():
+    model, train, unseen, new, _ = split("perceptron", 300)
+    predictor = fit_ella(model, train, unseen, num_landmarks=60, rank=4, curvature="exact", num_curvature=None)
+    predictor.guarantee(new)
+    few = loader(*(torch.stack(part[:5]) for part in zip(*list(train.dataset), strict=True)))
+    predictor.forget(few)
+    with pytest.raises(ValueError, match="needs labelled points"):
+        predictor(next(iter(new))[0]).prediction_set()
 
 
 def test_files_pickles_and_copies_promise_the_same(tmp_path: Path):
