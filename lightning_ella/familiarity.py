@@ -35,9 +35,9 @@ FLOOR = 0.01  # of the mean standard deviation, that every activation counts as 
 TINY = 1e-4  # of the largest variance, that every direction has at least
 FAR = 3.0  # added to Fisher's sum for each e-fold that an input is farther away than all training points
 FARTHEST = 1e15  # standard deviations; the square of more is none in float32
-# Standard deviations of the scores of points, below which they are rounding alone: energies of log-probabilities are 0,
-# as is novelty where the directions span everything.
-NOTHING = {"novelty": 1e-9, "distance": 1e-4, "energy": 1e-4}
+# By how much scores of familiar points differ that are rounding alone: energies of log-probabilities are 0, as is
+# novelty where the directions span everything.
+NOTHING = {"novelty": 1e-9, "distance": 1e-3, "energy": 1e-3}
 FEWEST = 20  # points: with fewer no input is in the last twentieth
 AT_ONCE = 4096  # inputs whose ranks are found at once
 ROUNDING = 1e-5  # of a sum of logarithms
@@ -145,7 +145,9 @@ class Familiarity(nn.Module):
         """With ranks among n points of scores (n, 3), those of `PARTS`; None if there is none to go by."""
         known = _some(scores[:, ~scores.isnan().all(0)])
         there = (~scores.isnan()).any(0)
-        there[there.clone()] = known.std(0) > torch.tensor([NOTHING[n] for n in _of(PARTS, there)]).to(known)
+        if len(known):
+            spread = known.amax(0) - known.amin(0)
+            there[there.clone()] = spread > torch.tensor([NOTHING[name] for name in _of(PARTS, there)]).to(known)
         parts = _of(PARTS, there)
         places, distance = (places, distance) if "distance" in parts else ([], None)
         known = _some(scores[:, there])

@@ -149,13 +149,23 @@ def fitted(world: World, problem: Problem) -> dict[str, Any]:
         "eigenvalues": fit.predictor.eigenvalues,
         "probs": out.probs,
         "covariance": out.logits_covariance,
-        "foreign": torch.stack([out.novelty, out.distance, out.energy, out.familiarity]),
     }
+    if out.familiarity is not None:
+        tensors["foreign"] = torch.stack([getattr(out, part) for part in fit.predictor.familiarity.parts])
+        tensors["familiarity"] = out.familiarity
+    if (promised := fit.predictor.guaranteed) is not None:
+        tensors["promised"] = torch.cat([promised.scores, promised.confidence.sort().values, promised.planned])
     return {"figures": figures, "visited": visited} | {name: value.tolist() for name, value in tensors.items()}
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
-    for name in ("curvature", "eigenvalues", "probs", "covariance", *(["foreign"] if "foreign" in expected else [])):
+    for name in (
+        "curvature",
+        "eigenvalues",
+        "probs",
+        "covariance",
+        *(expected.keys() & {"foreign", "familiarity", "promised"}),
+    ):
         one, other = torch.tensor(found[name]).double(), torch.tensor(expected[name]).double()
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
     assert found["figures"] == pytest.approx(expected["figures"], rel=max(tolerance, 1e-6))  # metrics are in float32
@@ -192,6 +202,15 @@ def test_any_number_of_processes_gives_the_same_posterior(pool: Pool, data: st.D
         assert isinstance(answer, dict), answer
         assert_same(answer, alone, 1e-10)
     assert_each_once(answers, alone, problem)
+
+
+def test_points_apart_are_shared_too(pool: Pool):
+    problem = Problem(unseen=80, num_calibration=40)
+    alone, answers = fitted(World(), problem), pool(3, fitted, problem)
+    assert len(alone["visited"]["ELLA points apart"]) == 40
+    for answer in answers:
+        assert len(answer["promised"]) == 40 + 40 + 40
+        assert_same(answer, alone, 1e-10)
 
 
 @pytest.mark.parametrize("size", [2, 3])
