@@ -410,6 +410,8 @@ def _price(
         for most, n in ((settings.num_curvature, num_points), (settings.num_calibration, num_unseen))
     )
     looks = min(_looks(settings) or 0, num_unseen) if num_unseen > tuned else 0
+    looks += min(NUM_ACTIVATIONS, num_points) if num_unseen else 0
+    tuned += min(settings.num_apart, num_unseen - tuned)
     return {
         "landmarks": landmarks * gradient * (1 if held else 2),
         "curvature": summed * (feature if settings.curvature == "exact" else gradient),
