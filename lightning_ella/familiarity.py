@@ -151,21 +151,18 @@ class Familiarity(nn.Module):
         parts = _of(PARTS, there)
         places, distance = (places, distance) if "distance" in parts else ([], None)
         known = _some(scores[:, there])
-        return cls(places, distance, parts, known).warned() if known.numel() else None
+        return cls(places, distance, parts, known).told() if known.numel() else None
 
-    def warned(self) -> Self:
+    def told(self) -> Self:
         """Say so if there are too few points."""
         if (count := len(self.scores)) < FEWEST:
-            log.warning(
-                "ELLA: familiarity is calibrated on %d unseen points, so it is never below %.2g: pass %d or more.",
-                *(count, 1 / (count + 1), FEWEST),
-            )
+            log.info("ELLA: %d familiar points are few: familiarity is never below %.2g.", count, 1 / (count + 1))
         return self
 
     def among(self, scores: Tensor) -> Self:
         """The same parts, with ranks among other points, of scores (n, J); as it is if there are none."""
         known = _some(scores)
-        return type(self)(self.places, self.distance, self.parts, known).warned() if len(known) else self
+        return type(self)(self.places, self.distance, self.parts, known).told() if len(known) else self
 
     def forward(self, scores: Tensor) -> Tensor:
         """The share of familiar points that look at least as foreign, (B,) in (0, 1]; NaN where a score (B, J) is."""

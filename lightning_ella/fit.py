@@ -258,6 +258,12 @@ def run(
                 if int(world.sum(torch.tensor(len(judged.targets)))) < FEWEST_APART:  # with labels
                     judged = unseen
             familiarity = None if judge is None else _familiarity(judge, judged, linearization.device, world)
+            if familiarity is not None:
+                log.info(
+                    "ELLA: familiarity goes by %s, calibrated on %d unseen points%s.",
+                    *(_words(familiarity.parts), len(familiarity.scores)),
+                    "" if judged is unseen else " that did not choose the scales",
+                )
             near = others if (settings.top_outputs or MOST) < example.shape[-1] - 1 else None  # where some are lost
             posterior, figures = _calibrated(unseen, hessian, likelihood, settings, near, world)
         likelihood, temperature = likelihood.settled(posterior.temperature)
@@ -583,9 +589,14 @@ def _cached(
     return joined(parts)
 
 
+def _words(names: Sequence[str]) -> str:
+    """Names as in a sentence."""
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
+
+
 def _apart(numbers: Sequence[int], settings: Settings) -> list[int]:
-    """Points that the scales are not chosen on, at random, if enough are left over."""
-    count = min(settings.num_apart, len(numbers) - (settings.num_calibration or len(numbers)))
+    """Points that the scales are not chosen on, at random: half of those left over, as some may be without labels."""
+    count = min(settings.num_apart, (len(numbers) - (settings.num_calibration or len(numbers))) // 2)
     generator = torch.Generator().manual_seed(settings.seed)
     return draw(count, numbers, generator) if count >= FEWEST_APART else []
 
@@ -628,7 +639,7 @@ def _familiarity(judge: Judge, judged: Observations, device: torch.device, world
     assert judged.foreign is not None
     scores = world.gather_rows(judged.foreign)
     with world.together("familiarity"):
-        found = None if scores is None else Familiarity.calibrated(judge.places, judge.distance, scores)
+        found = None if scores is None else Familiarity.calibrated(judge.places, judge.distance, scores.to(device))
     found = world.object_from_first(None if found is None else found.cpu())
     return None if found is None else found.to(device)
 

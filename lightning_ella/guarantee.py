@@ -26,7 +26,7 @@ ROUNDING = 1e-9  # of a rank that may be a whole number
 ROUNDED = 1e-5  # of 1 − p, in a batch of another size
 MISSING = (
     "needs labelled points that nothing else has seen: pass some to predictor.guarantee(loader), or fit with at least "
-    "20 more unseen points than num_calibration=."
+    "40 more unseen points than num_calibration=."
 )
 
 

@@ -42,9 +42,9 @@ class Settings:
         num_curvature: n, training points that the curvature is estimated from; None takes all.
         num_calibration: unseen points that the scales are chosen on, at most: such that the network's losses there are
             like those on five times as many, or 5,000; None takes all.
-        num_apart: unseen points, of those that are left over then, for familiarity and guarantees. Where fewer than 20
-            are left, nothing is guaranteed, and familiarity is calibrated on those that the scales are chosen on, which
-            it does not depend on.
+        num_apart: unseen points for familiarity and guarantees, of those that are left over then, half at most. Where
+            these are fewer than 20, nothing is guaranteed, and familiarity is calibrated on those that the scales are
+            chosen on, which it does not depend on.
         prior_variance: σ₀²; None chooses it on unseen points.
         covariance_scale: multiplier of the posterior covariance; None chooses it on unseen points.
         residual: the variance outside the span of the K directions, from random probes: "auto" takes as many as are

@@ -207,9 +207,9 @@ def test_any_number_of_processes_gives_the_same_posterior(pool: Pool, data: st.D
 def test_points_apart_are_shared_too(pool: Pool):
     problem = Problem(unseen=80, num_calibration=40)
     alone, answers = fitted(World(), problem), pool(3, fitted, problem)
-    assert len(alone["visited"]["ELLA points apart"]) == 40
+    assert len(alone["visited"]["ELLA points apart"]) == 20
     for answer in answers:
-        assert len(answer["promised"]) == 40 + 40 + 40
+        assert len(answer["promised"]) == 20 + 20 + 40
         assert_same(answer, alone, 1e-10)
 
 

@@ -471,9 +471,9 @@ def test_few_points_are_named_and_those_without_labels_are_not_counted(caplog: p
     predictor = fit_ella(model, train, loader(x, y), num_calibration=250, num_apart=20, **options)
     assert predictor.guaranteed is None
     assert len(predictor.familiarity.scores) > 20
-    with caplog.at_level(logging.WARNING, "lightning_ella"):
+    with caplog.at_level(logging.INFO, "lightning_ella"):
         fit_ella(model, train, loader(x[:9], y[:9]), **options)
-    assert "familiarity is calibrated on 9 unseen points, so it is never below 0.1" in caplog.text
+    assert "9 familiar points are few: familiarity is never below 0.1" in caplog.text
 
 
 def test_with_the_likeliest_outputs_it_goes_without_what_hangs_on_the_temperature():
