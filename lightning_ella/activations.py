@@ -246,7 +246,8 @@ def _seen(network: Network, modules: Mapping[str, nn.Module], inputs: Inputs) ->
             means = [_moments(place, look[name], mask_of(some))[0] for look, some in pairs]
             if all(_same(means[0][order], each) for order, each in zip(orders, means, strict=True)):
                 found[place] = several[0]
-    return {place: tensor for place, tensor in found.items() if place not in _moved_by_padding(network, found, inputs)}
+    moved = _moved_by_padding(network, found, inputs)
+    return {place: tensor for place, tensor in found.items() if place not in moved}
 
 
 def _moved_by_padding(network: Network, places: Collection[Place], inputs: Inputs) -> set[Place]:
