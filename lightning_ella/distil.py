@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from math import atanh
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from .data import Points, draw, seeded
 from .distributed import World
 from .familiarity import scores
 from .fast import FastPredictor
-from .guarantee import FEWEST_APART, Guarantee, Judged
+from .guarantee import FEWEST, Guarantee
+from .head import judge
 from .likelihoods import Likelihood
 from .linearize import Network, check_finite
 from .numerics import spread_normal
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 SAMPLES = 128  # draws of a student's posterior; evenly spread, they are as good as 512 random ones
 AT_A_TIME = 50  # points that copies are made of together
 LOOKED_AT = 50  # points that the places are chosen on, at least
-FEWEST = 10  # points that a student can be taught and tested with
+FEWEST_TAUGHT = 10  # points that a student can be taught and tested with
 NUM_POINTS = 250  # that the exact engine is asked about, by default
 TESTED = 5  # one part in so many tests the student
 MOST_TUNED = 2000  # points that the scales are tuned on
@@ -116,8 +117,8 @@ def distil(
 
 def _parts(numbers: Sequence[int], num_points: int) -> list[Sequence[int]]:
     """Points that are looked at together, whatever the number of processes: their copies depend on each other."""
-    if len(numbers) < min(FEWEST, num_points) or len(numbers) < 2:
-        raise ValueError(f"a student needs {FEWEST} points or more to learn from, but there are {len(numbers)}.")
+    if len(numbers) < min(FEWEST_TAUGHT, num_points) or len(numbers) < 2:
+        raise ValueError(f"a student needs {FEWEST_TAUGHT} points or more to learn from, but there are {len(numbers)}.")
     return [numbers[part] for part in slices(len(numbers), min(AT_A_TIME, max(1, len(numbers) // TESTED)))]
 
 
@@ -129,7 +130,7 @@ def _apart(predictor: "ELLAPredictor", points: Points) -> set[int]:
     unspent = sorted({*points.numbers} - {*spent.numbers.tolist()})
     count = min(MOST_APART, len(points.numbers) // APART, len(unspent))
     generator = torch.Generator().manual_seed(predictor.settings["seed"])
-    return set(draw(count, unspent, generator)) if count >= FEWEST_APART else set()
+    return set(draw(count, unspent, generator)) if count >= FEWEST else set()
 
 
 def _recorder(
@@ -247,8 +248,9 @@ def _tune(fast: FastPredictor, recorder: Recorder, points: Points, numbers: Sequ
         answers = [fast.say(pooled, check_finite(outputs)) for outputs, pooled in looks]
         said = [fast.translation(outputs, answer) for (outputs, _), answer in zip(looks, answers, strict=True)]
         if fast.familiarity is not None:
-            found = scores(fast.looks(looks, answers), fast.familiarity.distance, likelihood)
-            foreign.append(torch.stack([found[name] for name in fast.familiarity.parts], 1))
+            foreign.append(
+                fast.familiarity.columns(scores(fast.looks(looks, answers), fast.familiarity.distance, likelihood))
+            )
         gaussians = (torch.stack(part, 1) for part in zip(*((g.mean, g.factor, g.own) for g in said), strict=True))
         parts.append((*gaussians, *_answers(likelihood, batch, looks[0][0])))
     mean, factor, own, targets, weights = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -285,14 +287,12 @@ def _tune(fast: FastPredictor, recorder: Recorder, points: Points, numbers: Sequ
 
 def _guaranteed(fast: FastPredictor, recorder: Recorder, batches: Iterable[Batch]) -> Guarantee | None:
     """What points that nothing has seen say about any that come; None if too few of them have labels, or equal ones."""
-    judged, seen_weights = [], []
-    for batch in batches:
-        prediction = fast.predict([recorder(seen(batch.inputs, view)) for view in fast.all_views])
-        targets, weights = _answers(fast.likelihood, batch, prediction.logits.mean)
-        judged.append(Judged.of(fast.likelihood, prediction, targets, weights > 0))
-        seen_weights.append(weights[weights > 0])
-    found, weights = Judged.joined(judged), torch.cat(seen_weights)
-    return Guarantee.of(found) if len(weights) >= FEWEST_APART and weights.min() == weights.max() else None
+
+    def predict(inputs: Inputs) -> Any:
+        return fast.predict([recorder(seen(inputs, view)) for view in fast.all_views])
+
+    judged, weights = judge(predict, fast.likelihood, batches)
+    return None if judged is None else Guarantee.promised(judged, weights)
 
 
 def _figures(fast: FastPredictor, lectures: Sequence[Lecture]) -> dict[str, float]:

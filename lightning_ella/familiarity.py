@@ -20,6 +20,7 @@ from .activations import Place, find_places, pooled_width, record
 from .augmentation import OneView, seen
 from .batches import Inputs, Picked, num_samples, rows
 from .engine import Linearization
+from .guarantee import FEWEST
 from .likelihoods import Likelihood
 from .predictions import Prediction
 from .residual import novelty
@@ -38,7 +39,6 @@ FARTHEST = 1e15  # standard deviations; the square of more is none in float32
 # By how much scores of familiar points differ that are rounding alone: energies of log-probabilities are 0, as is
 # novelty where the directions span everything.
 NOTHING = {"novelty": 1e-9, "distance": 1e-3, "energy": 1e-3}
-FEWEST = 20  # points: with fewer no input is in the last twentieth
 AT_ONCE = 4096  # inputs whose ranks are found at once
 ROUNDING = 1e-5  # of a sum of logarithms
 
@@ -181,12 +181,16 @@ class Familiarity(nn.Module):
             return torch.zeros_like(scores[:, 0])
         return FAR * self.distance.beyond(scores[:, self.parts.index("distance")])
 
+    def columns(self, known: Mapping[str, Tensor]) -> Tensor:
+        """(B, J), of scores by name, those that count here."""
+        return torch.stack([known[name] for name in self.parts], 1)
+
     def tell(self, prediction: Prediction, looks: Sequence[Look], likelihood: Likelihood) -> None:
         """Have a prediction say how familiar its inputs look, from V looks at them."""
         known = scores(looks, self.distance, likelihood)
         for name, score in known.items():
             setattr(prediction, name, score)
-        foreign = torch.stack([known[name] for name in self.parts], 1)  # (B, J)
+        foreign = self.columns(known)
         if isinstance(foreign.shape[0], int) and len(foreign) > AT_ONCE:  # not where a program is written
             prediction.familiarity = torch.cat([self(part) for part in foreign.split(AT_ONCE)])
         else:

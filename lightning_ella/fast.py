@@ -117,8 +117,9 @@ class FastPredictor(Head):
         prediction.axis, prediction.guarantee = -1 if self.output_shape else None, self.guaranteed
         if self.familiarity is not None:
             self.familiarity.tell(prediction, self.looks(looks, answers), self.likelihood)
-        elif self.student.has_outside:
-            prediction.novelty = mean_of([said.novelty.squeeze(1).sigmoid() for said in answers])
+        else:
+            found = [novelty for said in answers if (novelty := _novelty(said, temperature)) is not None]
+            prediction.novelty = mean_of(found) if found else None
         return prediction
 
     def say(self, pooled: Tensor, outputs: Tensor) -> Said:
@@ -129,7 +130,7 @@ class FastPredictor(Head):
         """What `familiarity` is told."""
         assert self.familiarity is not None
         parts, places = zip(looks, answers, strict=True), self.familiarity.places
-        return [Look(f, chosen(a, places, self.all_places), _novelty(said)) for (f, a), said in parts]
+        return [Look(f, chosen(a, places, self.all_places), _novelty(said, f)) for (f, a), said in parts]
 
     @property
     def all_places(self) -> list[Place]:
@@ -174,8 +175,7 @@ class FastPredictor(Head):
         """Have other values in student and translation, by the same names."""
         for part, kept in {"student": self.student, "translation": self.translation}.items():
             kept.load_state_dict(artefact.named(tensors, f"{part}."))
-        if promised := artefact.named(tensors, _GUARANTEE):
-            self.guaranteed = Guarantee(**{name: value.cpu() for name, value in promised.items()})
+        self.guaranteed = Guarantee.restored(artefact.named(tensors, _GUARANTEE))
         if self.familiar is not None:
             object.__setattr__(
                 self, "familiarity", Familiarity.restored(self.familiar, artefact.named(tensors, _FAMILIAR))
@@ -265,8 +265,8 @@ class FastPredictor(Head):
 
         Returns:
             the path. The program's outputs have the names that those of a prediction have: of classes `probs`,
-            `entropy`, `mutual_information`, `logits_mean`, `logits_variance` and `novelty`; of numbers `mean`,
-            `variance`, `lower` and `upper` (the interval of 90 %), `novelty` and `familiarity`.
+            `entropy`, `mutual_information`, `logits_mean` and `logits_variance`; of numbers `mean`, `variance`, `lower` and
+            `upper` (the interval of 90 %); of both `novelty`, `distance`, `energy` and `familiarity`, where there are.
 
         Raises:
             ValueError: for another ending, or if the network cannot be exported; the message says why.
@@ -324,9 +324,9 @@ _DESCRIBED = (
 )
 
 
-def _novelty(said: Said) -> Tensor | None:
-    """(B,), in [0, 1]."""
-    return said.novelty.squeeze(1).sigmoid() if said.novelty.shape[1] else None
+def _novelty(said: Said, like: Tensor) -> Tensor | None:
+    """(B,), in [0, 1], of the type of the outputs; None without probes."""
+    return said.novelty.squeeze(1).sigmoid().to(like) if said.novelty.shape[1] else None
 
 
 _Sizes = tuple[int, int, int, bool]  # C, K, S and whether there are probes

@@ -24,7 +24,7 @@ from .distributed import World
 from .engine import Linearization
 from .familiarity import NUM_POINTS as NUM_ACTIVATIONS
 from .familiarity import PARTS, Distance, Familiarity, Judge, activations, some_places
-from .guarantee import FEWEST_APART, Guarantee, Judged, Spent
+from .guarantee import FEWEST, Guarantee, Judged, Spent
 from .head import fingerprint
 from .landmarks import LANDMARKS, Landmarks
 from .learning import gain, learn
@@ -255,7 +255,7 @@ def run(
                 with world.together("the points apart"):
                     points, seeds = visit(held_out, held_out.arranged(apart), "points apart"), [0] * len(apart)
                     judged = _cached(linearization, points, basis, example, likelihood, seeds, **how_seen)
-                if int(world.sum(torch.tensor(len(judged.targets)))) < FEWEST_APART:  # with labels
+                if int(world.sum(torch.tensor(len(judged.targets)))) < FEWEST:  # with labels
                     judged = unseen
             familiarity = None if judge is None else _familiarity(judge, judged, linearization.device, world)
             if familiarity is not None:
@@ -598,7 +598,7 @@ def _apart(numbers: Sequence[int], settings: Settings) -> list[int]:
     """Points that the scales are not chosen on, at random: half of those left over, as some may be without labels."""
     count = min(settings.num_apart, (len(numbers) - (settings.num_calibration or len(numbers))) // 2)
     generator = torch.Generator().manual_seed(settings.seed)
-    return draw(count, numbers, generator) if count >= FEWEST_APART else []
+    return draw(count, numbers, generator) if count >= FEWEST else []
 
 
 def _judge(
@@ -662,10 +662,7 @@ def _guaranteed(
     found = None
     with world.together("the guarantee"):
         if scores is not None and confidence is not None and wrong is not None and weights is not None:
-            if weights.min() == weights.max():
-                found = Guarantee.of(Judged(scores, confidence, wrong > 0), planned)
-            else:
-                log.info("ELLA: nothing is guaranteed, since the unseen points have different weights.")
+            found = Guarantee.promised(Judged(scores, confidence, wrong > 0), weights, planned)
     return world.object_from_first(found)
 
 

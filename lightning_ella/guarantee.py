@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FEWEST_APART = 20  # points: with fewer, nothing is in the last twentieth
+FEWEST = 20  # points: with fewer, nothing is in the last twentieth
 PLANNED = 5  # one of so many points plans which thresholds are tested
 STEPS = 50  # thresholds that are tested
 ROUNDING = 1e-9  # of a rank that may be a whole number
@@ -86,6 +86,18 @@ class Guarantee:
             some, others = order.tensor_split([len(order) // PLANNED])
             planned, confidence, wrong = confidence[some], confidence[others], wrong[others]
         return cls(scores.sort(0).values, confidence, wrong, planned.detach().cpu().double())
+
+    @classmethod
+    def promised(cls, judged: Judged, weights: Tensor, planned: Tensor | None = None) -> Self | None:
+        """As `of`; None for fewer points than `FEWEST`, or for those that have other weights (n,) than each other."""
+        if len(weights) >= FEWEST and weights.min() < weights.max():
+            log.info("ELLA: nothing is guaranteed, since the unseen points have different weights.")
+        return cls.of(judged, planned) if len(weights) >= FEWEST and weights.min() == weights.max() else None
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor]) -> Self | None:
+        """From those of a file, if it has any."""
+        return cls(**{name: value.cpu() for name, value in tensors.items()}) if tensors else None
 
     def quantile(self, level: float) -> Tensor:
         """The score, () or (C,), that a new point's is at most with probability `level`: infinite where n is too small.

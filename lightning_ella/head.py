@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import is_
 from typing import Any, ClassVar, Self
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .augmentation import OneView, names_of, portable_views
-from .batches import Unpack, inputs_and_targets
+from .batches import Batch, Inputs, Unpack, inputs_and_targets
 from .data import draw, points_of, seeded
 from .guarantee import MISSING, Guarantee, Judged
 from .likelihoods import Likelihood
@@ -91,27 +91,15 @@ class Head(nn.Module):
         """
         if self.settings["top_outputs"] is not None:
             raise ValueError("with top_outputs= every input has other outputs, for which nothing can be guaranteed.")
-        parts, points = [], points_of(loader, unpack, MOST)
+        points = points_of(loader, unpack, MOST)
         with seeded(self.settings["seed"]), torch.no_grad():
             chosen = draw(MOST, points.numbers, torch.Generator().manual_seed(self.settings["seed"]))
             batches = points.batches(points.arranged(chosen), self.device)
-            for inputs, targets, weights in tqdm(batches, desc="ELLA guarantee", unit="batch"):
-                prediction = self(inputs)
-                if prediction.logits.mean.ndim > 2:
-                    raise ValueError(
-                        "guarantees are for networks with one row of outputs an input: pixels or words of one go "
-                        "together, so they are no points by themselves."
-                    )
-                known = checked(self.likelihood, prediction.logits.mean, targets, prediction.axis)
-                counts = (each := weights_of(self.likelihood, known, weights)) > 0
-                if (each[counts] != 1).any():
-                    raise ValueError(
-                        "a guarantee is for points that count alike: let unpack= return no weights but 0 and 1."
-                    )
-                parts.append(Judged.of(self.likelihood, prediction, known, counts))
-        judged = Judged.joined(parts) if parts else None
-        if judged is None or not len(judged.scores):
+            judged, weights = judge(self, self.likelihood, tqdm(batches, desc="ELLA guarantee", unit="batch"))
+        if judged is None or not len(weights):
             raise ValueError("no point of the loader has a target that counts: pass one with labels.")
+        if (weights != 1).any():
+            raise ValueError("a guarantee is for points that count alike: let unpack= return no weights but 0 and 1.")
         self.guaranteed = Guarantee.of(judged)
         return self
 
@@ -156,6 +144,29 @@ class Head(nn.Module):
         compare(self.fingerprint, self.model, self.counted, "this posterior", self.origin)
         self._verified = found
         return True
+
+
+def judge(
+    predict: Callable[[Inputs], Any], likelihood: Likelihood, batches: Iterable[Batch]
+) -> tuple[Judged | None, Tensor]:
+    """How right predictions are about the points that count, and the weights (n,) of these; None without a batch.
+
+    Raises:
+        ValueError: if there are several rows of outputs for each input.
+    """
+    parts, counted = [], [torch.empty(0)]
+    for inputs, targets, weights in batches:
+        prediction = predict(inputs)
+        if prediction.logits.mean.ndim > 2:
+            raise ValueError(
+                "guarantees are for networks with one row of outputs an input: pixels or words of one go together, so "
+                "they are no points by themselves."
+            )
+        known = checked(likelihood, prediction.logits.mean, targets, prediction.axis)
+        each = weights_of(likelihood, known, weights)
+        parts.append(Judged.of(likelihood, prediction, known, each > 0))
+        counted.append(each[each > 0].cpu())
+    return Judged.joined(parts) if parts else None, torch.cat(counted)
 
 
 def fingerprint(model: nn.Module, without: Collection[str] = (), *, halved: bool = False) -> dict[str, str]:

@@ -505,8 +505,7 @@ class ELLAPredictor(Head):
             )
         elif familiar:
             described["familiarity"] = Familiarity.restored(familiar, artefact.named(tensors, _FAMILIAR))
-        if promised := artefact.named(tensors, _GUARANTEE):
-            described["guaranteed"] = Guarantee(**{name: value.cpu() for name, value in promised.items()})
+        described["guaranteed"] = Guarantee.restored(artefact.named(tensors, _GUARANTEE))
         identity = described.pop("identity_of_spent")
         if _SPENT in tensors:
             described["spent"] = Spent(identity, tensors[_SPENT].cpu())
