@@ -265,8 +265,9 @@ class FastPredictor(Head):
 
         Returns:
             the path. The program's outputs have the names that those of a prediction have: of classes `probs`,
-            `entropy`, `mutual_information`, `logits_mean` and `logits_variance`; of numbers `mean`, `variance`, `lower` and
-            `upper` (the interval of 90 %); of both `novelty`, `distance`, `energy` and `familiarity`, where there are.
+            `entropy`, `mutual_information`, `logits_mean` and `logits_variance`; of numbers `mean`, `variance`,
+            `lower` and `upper` (the interval of 90 %); of both `novelty`, `distance`, `energy` and `familiarity`,
+            those that there are.
 
         Raises:
             ValueError: for another ending, or if the network cannot be exported; the message says why.
